@@ -51,9 +51,10 @@ def check_kernel(
 ) -> str | None:
     """Run `kernel` on packed documents of random numbers, forward and backward; return an error, or None.
 
-    An installed kernel may lack a backward (FlashAttention 3 often does), a head size or this device. A kernel of the
-    hub is downloaded where it isn't cached. Any `window` is tested as one of 64 tokens, any `softcap` as 2; `sinks`:
-    one learnable logit per head, to which every query attends. The global random state doesn't change.
+    An installed kernel may lack a backward (FlashAttention 3 often does, flash-attn2 v3 of the hub where heads share
+    keys: trl#6986), a head size or this device. A kernel of the hub is downloaded where it isn't cached. Any `window`
+    is tested as one of 64 tokens, any `softcap` as 2; `sinks`: one learnable logit per head, to which every query
+    attends. The global random state doesn't change.
     """
     generator = torch.Generator(device).manual_seed(0)
     tokens, heads = sum(documents), groups * _KEY_HEADS

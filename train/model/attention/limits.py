@@ -29,7 +29,8 @@ HUB_KERNELS = {
     "flash_attention_3": "kernels-community/flash-attn3",
     "flash_attention_2": "kernels-community/flash-attn2",
 }
-"""The same code, compiled: repositories of the hub that `auto` uses where they are in the cache."""
+"""The same code, compiled: repositories of the hub that `auto` uses where they are in the cache. Not
+vllm-flash-attn3, in which transformers sees version 3: it has no backward with sinks (cosmos-rl#219)."""
 ROCM_HUB_KERNELS = {"flash_attention_2": "kernels-community/aiter-flash-attn"}
 _SAME_CODE = {
     **{name: generation for kernels in (HUB_KERNELS, ROCM_HUB_KERNELS) for generation, name in kernels.items()},

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from cached_kernels import put_in_cache, with_package, without_package
+from huggingface_hub import constants
 from transformers import LlamaForCausalLM
 from transformers.modeling_flash_attention_utils import FLASH_ATTN_KERNEL_VERSIONS
 
@@ -100,6 +101,13 @@ def test_a_cached_kernel_is_tested_and_trains(name: str, tmp_path: Path, tiny_mo
     put_in_cache(tmp_path, monkeypatch, kernel, SOURCE)
     assert is_cached(kernel)
     assert unavailable_reason(kernel) is None
+    with monkeypatch.context() as patch:  # the package asks for the publisher before it looks into the cache
+        patch.setattr(constants, "HF_HUB_OFFLINE", False)
+        patch.setattr(constants, "ENDPOINT", "https://hub.invalid")
+        with pytest.raises(
+            UserError, match=r"hub\.invalid can't be resolved .*\. Set HF_HUB_OFFLINE=1 in the environment"
+        ):
+            choose_attention(name, trusting, here)
     settings = {"head_size": 64, "groups": 2, "dtype": torch.bfloat16, "device": torch.device("cpu")}
     assert check_kernel(name, window=None, softcap=None, **settings) is None
     assert "does not support `softcap`" in check_kernel(name, window=None, softcap=30.0, **settings)

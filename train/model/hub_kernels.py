@@ -6,6 +6,7 @@ transformers does; others only with `model.trust_remote_code: true`. Only what t
 
 from typing import NamedTuple
 
+from huggingface_hub import constants
 from transformers.integrations.hub_kernels import get_attn_kernel_version
 from transformers.utils.import_utils import KERNELS_MAX_VERSION, KERNELS_MIN_VERSION, is_kernels_available
 
@@ -78,11 +79,15 @@ def is_cached(kernel: HubKernel) -> bool:
 
 
 def unavailable_reason(kernel: HubKernel) -> str | None:
-    """Return why a kernel can't be loaded, as a continuation of its name; None if it is cached or may be downloaded."""
+    """Return why a kernel can't be loaded, as a continuation of its name; None if it can, or may be downloaded."""
     if package_is_missing():
         return f"needs the package {PACKAGE}, which is not installed"
-    if not is_cached(kernel) and (offline := hub_offline_reason()):
+    if not (offline := hub_offline_reason()):
+        return None
+    if not is_cached(kernel):
         return f"is not in the cache of the hub with a build for this torch, and the hub is unreachable: {offline}"
+    if not constants.HF_HUB_OFFLINE:  # else `kernels` looks for the publisher and for newer builds first
+        return f"is in the cache of the hub, but the package kernels asks the hub before it loads it: {offline}"
     return None
 
 
@@ -90,4 +95,6 @@ def remedy(kernel: HubKernel) -> str:
     """Return what to do about `unavailable_reason`, without a full stop."""
     if package_is_missing():
         return INSTALL_PACKAGE
+    if is_cached(kernel):
+        return "Set HF_HUB_OFFLINE=1 in the environment"
     return f"Download it where the hub can be reached, with the same torch: `{kernel.download_command}`"

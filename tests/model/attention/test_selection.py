@@ -74,6 +74,14 @@ def test_limits_of_torchs_own_kernels(needs: dict, machine: dict, chosen: str, r
     assert reason in line
 
 
+def test_a_kernel_of_the_hub_that_is_cached_and_blocked_is_a_reason() -> None:
+    compiled, reason = "kernels-community/flash-attn2", "is in the cache of the hub, but"
+    here = Machine(A100, frozenset(), blocked={compiled: reason})
+    assert str(choose_attention("auto", LLAMA, here)) == f"torch_varlen: {compiled} {reason}"
+    with pytest.raises(UserError, match=f"^model.attention: {compiled} {reason}"):
+        choose_attention(compiled, LLAMA, here)
+
+
 def test_dropout_needs_flash_attention_2() -> None:
     assert auto(replace(LLAMA, dropout=0.1)).startswith("flash_attention_2: ")
 

@@ -10,7 +10,8 @@ They are read in the kernels' sources, so that a kernel that can't work is not t
 - FLASH_ATTN_KERNEL_DEVICES in transformers/modeling_flash_attention_utils.py: vendors of the hub's kernels.
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import torch
 from transformers.integrations.hub_kernels import is_kernel
@@ -76,6 +77,8 @@ class Machine:
     """Kernels whose package is installed, and kernels of the hub that are in its cache."""
     varlen_takes: frozenset[str] = frozenset({"scale", "window_size"})
     """Parameters of torch's own kernel for variable lengths; empty = this torch has no such kernel."""
+    blocked: Mapping[str, str] = field(default_factory=dict)
+    """Kernels of the hub that are in its cache and can't be loaded from there, with the reason."""
     rocm: bool = False
     """An AMD GPU: torch is built for ROCm, and calls its device `cuda` too."""
 
@@ -107,8 +110,8 @@ def missing(kernel: str, here: Machine) -> str | None:
     """Return what `kernel` needs that is not installed or can't be downloaded."""
     if kernel == varlen.NAME:
         return None if here.varlen_takes else "needs a newer torch, which is not installed"
-    if kernel in here.installed:
-        return None
+    if kernel in here.installed or kernel in here.blocked:
+        return here.blocked.get(kernel)
     if is_kernel(kernel):
         return unavailable_reason(parse_hub_kernel(kernel))
     return f"needs the package {DISTRIBUTIONS[kernel]}, which is not installed"

@@ -22,7 +22,7 @@ from train.model.attention.limits import (
     missing,
     objection,
 )
-from train.model.hub_kernels import is_cached, is_trusted, parse_hub_kernel, remedy
+from train.model.hub_kernels import is_cached, is_trusted, parse_hub_kernel, remedy, unavailable_reason
 from train.recipe import Recipe
 
 __all__ = ["AttentionChoice", "Machine", "Needs", "attention_needs", "choose_attention", "machine", "select_attention"]
@@ -120,9 +120,15 @@ def machine() -> Machine:
         device = int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count()
         capability = torch.cuda.get_device_capability(device)
     installed = {kernel for kernel, distribution in DISTRIBUTIONS.items() if _is_installed(distribution)}
-    in_hub = {*HUB_KERNELS.values(), *ROCM_HUB_KERNELS.values()}
-    installed |= {kernel for kernel in in_hub if is_cached(parse_hub_kernel(kernel))}
-    return Machine(capability, frozenset(installed), varlen.kernel_parameters(), rocm=torch.version.hip is not None)
+    in_hub = {name: parse_hub_kernel(name) for name in (*HUB_KERNELS.values(), *ROCM_HUB_KERNELS.values())}
+    cached = {name: unavailable_reason(kernel) for name, kernel in in_hub.items() if is_cached(kernel)}
+    return Machine(
+        capability,
+        frozenset(installed | {name for name, reason in cached.items() if reason is None}),
+        varlen.kernel_parameters(),
+        {name: reason for name, reason in cached.items() if reason is not None},
+        rocm=torch.version.hip is not None,
+    )
 
 
 def _is_installed(distribution: str) -> bool:
@@ -197,9 +203,10 @@ def _flash_kernels(here: Machine) -> Iterator[str]:
     in_hub = ROCM_HUB_KERNELS if here.rocm else HUB_KERNELS
     for version in _FASTEST_FIRST.get(major, ("flash_attention_2",)):
         compiled = in_hub[version]
-        if version in here.installed or compiled not in here.installed:
+        in_cache = compiled in here.installed or compiled in here.blocked
+        if version in here.installed or not in_cache:
             yield version
-        if compiled in here.installed:
+        if in_cache:
             yield compiled
 
 

@@ -121,3 +121,12 @@ def test_losses_and_gradients_are_those_of_the_models_own_layers(settings: dict,
         curves.append([(line["loss"], line["grad_norm"]) for line in trainer.state.log_history if "grad_norm" in line])
     assert len(curves[0]) == 3
     torch.testing.assert_close(torch.tensor(curves[1]), torch.tensor(curves[0]), rtol=0.02, atol=0)
+
+
+def test_evaluation_with_ligers_setting_is_unchanged(recipe_file: RecipeFile) -> None:
+    """transformers tells the model to skip its logits then, an argument of Liger's loss, which TRL's head replaces."""
+    metrics = []
+    for liger in False, True:
+        training = {**ONE_STEP, "use_liger_kernel": liger, "eval_strategy": "epoch"}
+        metrics.append(make_trainer(load_recipe(recipe_file(data={"validation": 0.25}, training=training))).evaluate())
+    assert metrics[0]["eval_loss"] == metrics[1]["eval_loss"] > 0

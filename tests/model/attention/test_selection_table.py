@@ -11,6 +11,9 @@ Its entries come from the kernels' documentation, read independently of train/mo
   supported on SM 12.0".
 - torch.nn.attention.varlen (torch 2.13): FlashAttention 2, so 8.0 and later (sdp_utils.cpp: "[sm80, sm121]"), without
   soft-capping and sinks; on ROCm by AOTriton ("all tests in test/test_varlen_attention.py are enabled", torch#174105).
+- FlashAttention 2 on AMD's GPUs: csrc/flash_attn_ck/mha_varlen_fwd.cpp has `const float /*softcap*/`, which it ignores;
+  aiter-flash-attn's README: "standard FA2 kwargs ... plus an `s_aux` argument", its backward has windows and sinks
+  (kernels-community#1057), and its mha.py no softcap.
 - Volta and Turing (7.x) have no FlashAttention in any of them.
 - sdpa has neither soft-capping nor sinks; flex_attention has both, and needs a GPU for its backward.
 - transformers: FLASH_ATTN_KERNEL_DEVICES (which hub kernel is built for which vendor), and gpt-oss's list of kernels.
@@ -72,7 +75,7 @@ TABLE: dict[tuple[str, ...], dict[tuple[str, ...], tuple[str, str, str, str, str
         ("B200", "B300"): (FLEX, FA2, FLEX, FLEX, HUB2, FA2),
         ("RTX 5090", "GB10"): (FLEX, FA2, FLEX, FLEX, HUB2, FA2),
         ("V100", "T4"): (FLEX, FLEX, FLEX, FLEX, FLEX, FLEX),
-        ("MI300X",): (FLEX, FA2, FLEX, FLEX, AITER, FA2),
+        ("MI300X",): (FLEX, FLEX, FLEX, FLEX, FLEX, FLEX),
         ("CPU",): (EAGER, EAGER, EAGER, EAGER, EAGER, EAGER),
     },
     ("gpt-oss",): {

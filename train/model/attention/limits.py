@@ -6,6 +6,8 @@ They are read in the kernels' sources, so that a kernel that can't work is not t
   above 192 without dropout where shared memory is small; 3 on Hopper only;
 - flash_attn/cute/interface.py of flash-attn-4 4.0.0b36: backward on 9.x to 12.x; on 10.x and 11.x head sizes up to 128,
   and 256 without soft-capping and sinks; on 12.x neither of the two;
+- csrc/flash_attn_ck/mha_varlen_fwd.cpp of flash-attention: ROCm's kernels take a softcap and ignore it; mha.py of
+  kernels-community/aiter-flash-attn: windows and sinks with a backward, no soft-capping;
 - aten/src/ATen/native/transformers/cuda/sdp_utils.cpp of torch, for torch_varlen;
 - FLASH_ATTN_KERNEL_DEVICES in transformers/modeling_flash_attention_utils.py: vendors of the hub's kernels.
 """
@@ -146,6 +148,8 @@ def _device_objection(kernel: str, needs: Needs, capability: tuple[int, int], he
         return f"has no build for {its_name} GPU"
     if here.rocm and code in ("flash_attention_3", "flash_attention_4"):
         return "is for NVIDIA's GPUs, and this is an AMD GPU"
+    if here.rocm and code == "flash_attention_2" and needs.softcap:
+        return "does not support soft-capping of scores on AMD's GPUs, and this model uses it"
     generation = f"compute capability {capability[0]}.{capability[1]}"
     if not here.rocm and code is not None:
         if major < (9 if code == "flash_attention_4" else 8):

@@ -11,12 +11,12 @@ from typing import Any
 
 import pytest
 import torch
-from test_torch_varlen import stand_in
 from test_trainer import make_trainer
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import create_causal_mask, eager_mask
 from transformers.models.gemma2 import modeling_gemma2
 from transformers.models.gpt_oss import modeling_gpt_oss
+from varlen_kernels import stand_in_kernel
 
 from train.model.attention import kernel_test
 from train.model.attention import torch_varlen as varlen
@@ -53,8 +53,7 @@ def _registered(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(AttentionInterface._global_mapping, EAGER, eager)
     monkeypatch.setitem(AttentionMaskInterface._global_mapping, EAGER, eager_mask)
     if DEVICE == "cpu":
-        operators, _ = stand_in("2.13")
-        monkeypatch.setattr(varlen, "find_torch_kernel", lambda: operators)
+        monkeypatch.setattr(varlen, "KERNEL", stand_in_kernel("2.13"))
 
 
 def assert_right(kernel: str, *, head_size: int = 64, groups: int = 2, **options: Any) -> None:

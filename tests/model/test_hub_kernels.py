@@ -14,6 +14,7 @@ from train.errors import UserError
 from train.model.attention.kernel_test import check_kernel
 from train.model.attention.selection import AttentionChoice, Machine, Needs, choose_attention
 from train.model.hub_kernels import (
+    PACKAGE,
     HubKernel,
     is_cached,
     is_trusted,
@@ -60,6 +61,12 @@ def test_code_of_other_publishers_needs_the_recipes_trust(monkeypatch: pytest.Mo
     choice = choose_attention(FOREIGN, trusting, here)
     assert choice.load_arguments == {"attn_implementation": FOREIGN, "allow_all_kernels": True}
     assert AttentionChoice(FLASH3).load_arguments == {"attn_implementation": FLASH3}
+
+
+def test_the_readme_installs_what_transformers_loads() -> None:
+    readme = (Path(__file__).parents[2] / "train" / "model" / "README.md").read_text(encoding="utf-8")
+    assert f"pip install '{PACKAGE}'" in readme
+    assert parse_hub_kernel(FLASH3).download_command in readme
 
 
 @without_package

@@ -19,12 +19,18 @@ Its entries come from the kernels' documentation, read independently of train/mo
 - transformers: FLASH_ATTN_KERNEL_DEVICES (which hub kernel is built for which vendor), and gpt-oss's list of kernels.
 """
 
+import json
+from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
-from transformers import GptOssForCausalLM
+from transformers import AutoConfig, GptOssForCausalLM
 
-from train.model.attention.selection import Machine, Needs, choose_attention
+from train.model.attention.selection import Machine, Needs, attention_needs, choose_attention
+from train.recipe import load_recipe
+
+CONFIGS = Path(__file__).parents[2] / "model_configs"
 
 GPUS = {
     "A100": (8, 0), "RTX 3090": (8, 6), "RTX 4090": (8, 9), "H100": (9, 0), "B200": (10, 0), "B300": (10, 3),
@@ -95,6 +101,24 @@ CASES = [
     for gpu in gpus
     for packages, kernel in zip(PACKAGES, kernels, strict=True)
 ]
+
+
+@pytest.mark.parametrize(
+    ("file", "model", "groups"),
+    [
+        ("mistral-7b-v0.2", "Mistral-7B-v0.2", 4),
+        ("llama-3.1-8b-instruct", "Mistral-7B-v0.2", 4),
+        ("llama-3.1-70b", "Mistral-7B-v0.2", 8),
+        ("phi-4", "Mistral-7B-v0.2", 4),
+        ("qwen2.5-14b-instruct", "Mistral-7B-v0.2", 5),
+        ("gemma-2-9b-it", "Gemma-2", 2),
+    ],
+)
+def test_models_of_a_row_need_the_same(file: str, model: str, groups: int, recipe_file: Callable[..., Path]) -> None:
+    settings = json.loads((CONFIGS / f"{file}.json").read_bytes())
+    config = AutoConfig.for_model(**settings)
+    needs = attention_needs(load_recipe(recipe_file(training={"bf16": True})), config)
+    assert needs == replace(MODELS[model], groups=groups)
 
 
 def test_the_table_is_complete() -> None:

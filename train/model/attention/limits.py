@@ -8,7 +8,8 @@ They are read in the kernels' sources, so that a kernel that can't work is not t
   and 256 without soft-capping and sinks; on 12.x neither of the two;
 - csrc/flash_attn_ck/mha_varlen_fwd.cpp of flash-attention: ROCm's kernels take a softcap and ignore it; mha.py of
   kernels-community/aiter-flash-attn: windows and sinks with a backward, no soft-capping;
-- aten/src/ATen/native/transformers/cuda/sdp_utils.cpp of torch, for torch_varlen;
+- aten/src/ATen/native/transformers/cuda/sdp_utils.cpp of torch, for torch_varlen; on AMD's GPUs torch calls AOTriton,
+  with the tests of variable lengths and windows passing since torch 2.11 (pytorch#174105);
 - FLASH_ATTN_KERNEL_DEVICES in transformers/modeling_flash_attention_utils.py: vendors of the hub's kernels.
 """
 

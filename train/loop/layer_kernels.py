@@ -1,9 +1,9 @@
 """Layers computed by compiled kernels of the hub (`model.use_kernels`): transformers' `kernelize`, and its effect.
 
-transformers chooses kernels by the model's device and mode, and keeps a layer's own code where it finds none, without a
-word. Under DeepSpeed and FSDP the model is on the CPU when transformers first looks. So layers are replaced when
-training begins, and a run in which none is replaced ends with an error. Loading, LoRA and saving are not affected: only
-`forward` changes. Each evaluation replaces them by kernels for inference, and back.
+transformers replaces layers whenever the model changes between training and evaluation, by kernels for that mode and the
+device of the model, and keeps a layer's own code where it finds none, without a word. Here both sets are loaded when
+training begins, when the model is on its device; a run in which no layer is replaced ends with an error. Loading, LoRA
+and saving are not affected: only `forward` changes.
 """
 
 from collections import Counter
@@ -32,6 +32,8 @@ class LayerKernels(TrainerCallback):
         error = None
         try:
             model.set_use_kernels(True)
+            model.eval()  # loads the kernels of evaluations too: now rather than at the first of them
+            model.train()
         except Exception as caught:  # of the hub, the package kernels, compilers and kernels, which share no class
             error = (str(caught).strip() or type(caught).__name__).splitlines()[0].rstrip(".")
         layers = replaced_layers(model)

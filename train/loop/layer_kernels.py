@@ -1,9 +1,9 @@
 """Layers computed by compiled kernels of the hub (`model.use_kernels`): transformers' `kernelize`, and its effect.
 
-transformers replaces layers whenever the model changes between training and evaluation, by kernels for that mode and the
-device of the model, and keeps a layer's own code where it finds none, without a word. Here both sets are loaded when
-training begins, when the model is on its device; a run in which no layer is replaced ends with an error. Loading, LoRA
-and saving are not affected: only `forward` changes.
+transformers replaces layers whenever the model changes between training and evaluation, by kernels for that mode and
+the device of the model, and keeps a layer's own code where it finds none, without a word. Here both sets are loaded
+when training begins, when the model is on its device; a run in which no layer is replaced ends with an error. Loading,
+LoRA and saving are not affected: only `forward` changes.
 """
 
 from collections import Counter

@@ -130,7 +130,10 @@ def attention(
         of_keys = _of_equal(batch, key_tokens, query.device)
 
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    window = sliding_window if sliding_window is not None and of_keys.longest > sliding_window else None
+    # FlashAttention-2 itself ignores a window longer than all documents (flash_api.cpp: `window_size_left >=
+    # max_seqlen_k`). Where it must not be passed at all is decided here: torch.compile would compile both cases.
+    needs_window = "window_size" in kernel_parameters() or sliding_window is None or of_keys.longest > sliding_window
+    window = sliding_window if needs_window else None
     scale = size**-0.5 if scaling is None else scaling
     output = flash_varlen(query, key, value, of_queries, of_keys, scale=scale, causal=causal, window=window)
     if unpadded is not None:

@@ -9,6 +9,7 @@ import torch
 from trl import SFTConfig
 
 from train.errors import UserError
+from train.loop.fsdp import configure_fsdp2, is_fsdp2
 from train.loop.tracking import tracker_names
 from train.ranks import deepspeed_launch_error
 from train.recipe import Recipe
@@ -55,6 +56,8 @@ def training_arguments(recipe: Recipe, stop_tokens: Sequence[str] = ()) -> SFTCo
     with as_user_error("training"):
         arguments = SFTConfig(**settings)
     check_sharding(recipe, arguments)
+    if is_fsdp2(arguments):
+        configure_fsdp2(arguments)
     return arguments
 
 

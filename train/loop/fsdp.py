@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
@@ -10,8 +11,8 @@ from trl import SFTConfig
 
 def is_fsdp2(arguments: SFTConfig, environment: Mapping[str, str] = os.environ) -> bool:
     """Return whether the run is sharded by FSDP2, by `training.fsdp` or by the launch configuration."""
-    if arguments.fsdp_plugin_args is not None:
-        return arguments.fsdp_plugin_args["fsdp_version"] == 2
+    if arguments.fsdp:
+        return (arguments.fsdp_plugin_args or {}).get("fsdp_version") == 2
     return environment.get("ACCELERATE_USE_FSDP", "false").lower() == "true" and environment.get("FSDP_VERSION") == "2"
 
 
@@ -32,7 +33,7 @@ def configure_fsdp2(arguments: SFTConfig) -> None:
     config.gradient_accumulation_kwargs = {"sync_each_batch": True, **(config.gradient_accumulation_kwargs or {})}
 
 
-def gather_output_layer(model: torch.nn.Module) -> None:
+def gather_output_layer(model: Any) -> None:
     """Gather the weights of the output layer before each forward pass of `model`, which FSDP2 has sharded.
 
     TRL's fused head reads the output layer's weight instead of calling the layer, and FSDP2 gathers in a layer's call.

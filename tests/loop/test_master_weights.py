@@ -29,7 +29,7 @@ ROOT = Path(__file__).parents[2]
 CONFIGS = sorted((ROOT / "accelerate_configs").glob("*.yaml"))
 UNSHARDED = {"cpu", "single_gpu", "ddp"}
 RECIPES = sorted((ROOT / "recipes").glob("*/sft/*.yaml"))
-RATE, STEPS = 5e-6, 30
+RATE, STEPS = 5e-6, 20
 
 
 def change_of_weights(dtype: torch.dtype, **arguments: Any) -> torch.Tensor:
@@ -181,10 +181,8 @@ def test_a_run_on_one_process_is_refused_before_the_weights_are_loaded(
     assert error.startswith("model.dtype: bfloat16: full fine-tuning would lose most updates")
     assert "Write `model.dtype: float32`" in error
     assert not (tmp_path / "run").exists()
-    for override in ("model.dtype=float32", "model.allow_16bit_training=true"):
-        capsys.readouterr()
-        assert main(["--recipe", str(recipe), override, f"output_dir={tmp_path / override}"]) == 0
-        assert "step 1/1" in capsys.readouterr().out
+    assert main(["--recipe", str(recipe), "model.allow_16bit_training=true"]) == 0
+    assert "step 1/1" in capsys.readouterr().out
 
 
 def test_auto_is_the_type_of_the_checkpoint(

@@ -14,7 +14,7 @@ from train.errors import UserError
 from train.loop.tracking import tracker_names
 from train.model.load import load_config
 from train.model.text_part import build_meta_model
-from train.ranks import deepspeed_launch_error, world_size
+from train.ranks import deepspeed_launch_error, parallelism_error, world_size
 from train.recipe import Recipe
 from train.storage.transfer_time import longest_transfer
 
@@ -56,7 +56,7 @@ def training_arguments(recipe: Recipe, stop_tokens: Sequence[str] = ()) -> SFTCo
         raise UserError(
             "training.activation_offloading: this moves activations to the CPU, where they are already. Write false."
         )
-    if error := deepspeed_launch_error(settings.get("deepspeed"), os.environ):
+    if error := deepspeed_launch_error(settings.get("deepspeed"), os.environ) or parallelism_error(os.environ):
         raise UserError(error)
     if settings["use_cpu"] and world_size() > 1:  # transformers passes ddp_timeout on for GPUs only
         timeout = timedelta(seconds=settings["ddp_timeout"])
@@ -86,6 +86,12 @@ def check_sharding(recipe: Recipe, arguments: SFTConfig) -> None:
     """Raise UserError for settings under which a save has no model, or a key of the recipe has no effect."""
     plugin = arguments.deepspeed_plugin
     deepspeed = plugin and plugin.hf_ds_config
+    for key in ("sequence_parallel_size", "tensor_parallel.autotp_size") if deepspeed is not None else ():
+        if (deepspeed.get_value(key) or 1) > 1:
+            raise UserError(
+                f"the DeepSpeed configuration has `{key}: {deepspeed.get_value(key)}`, which does not support packed "
+                "rows. Remove it. To divide long sequences between GPUs, write `model.sequence_parallel` in the recipe."
+            )
     if deepspeed is not None and deepspeed.is_zero3():
         key = "stage3_gather_16bit_weights_on_model_save"
         if not deepspeed.get_value(f"zero_optimization.{key}"):

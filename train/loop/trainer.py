@@ -28,6 +28,7 @@ from train.loop.batch_info import BATCH_INFO, BatchInfo, CountingCollator
 from train.loop.checkpoint.manifest import read_checkpoint
 from train.loop.checkpoint.weights import check_savable
 from train.loop.checkpointing import CheckpointingTrainer
+from train.loop.fsdp import gather_output_layer
 from train.loop.guards.anomalies import Guards
 from train.loop.guards.packing_isolation import PackingIsolationTest
 from train.loop.loss import FUSED_LOSSES, LossSums, fused_loss
@@ -148,6 +149,13 @@ class JanusTrainer(CheckpointingTrainer):
             raise
         finally:
             self._writer.close()
+
+    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> tuple[torch.nn.Module, Any]:
+        """Return the model as accelerate wraps it, and the data loader."""
+        model, loader = super()._prepare_for_training(*args, **kwargs)
+        if self.accelerator.is_fsdp2:
+            gather_output_layer(model)
+        return model, loader
 
     def _get_train_sampler(self, train_dataset: PackedDataset | None = None) -> Sampler[int] | None:
         """Return our order in place of a random one."""

@@ -52,7 +52,7 @@ def finetune(recipe: Recipe, checkpoint: Checkpoint | None = None, resume_anyway
     # Check model, settings and template before the data is prepared.
     checked = examine_model(recipe)
     if checkpoint:
-        ResumedSettings(checkpoint, recipe).refuse_under_deepspeed(checkpoint)
+        ResumedSettings(checkpoint, recipe).refuse_under_deepspeed(checkpoint, world_size())
     tokenizer, template, _ = load_chat_tokenizer(recipe.model, recipe.chat, get_run_date(checkpoint))
     check_vocabulary(tokenizer, recipe.model, checked.embeddings)
     check_float8_start(recipe)

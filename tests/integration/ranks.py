@@ -160,7 +160,8 @@ def _environment(processes: int, config: str | None) -> dict[str, str]:
             given: dict[str, Any] = prepare_deepspeed_cmd_env(args)[1]
         else:
             given = prepare_multi_gpu_env(args)
-        environment |= {name: value for name, value in given.items() if name.startswith(("ACCELERATE_", "FSDP_"))}
+        prefixes = ("ACCELERATE_", "FSDP_", "PARALLELISM_CONFIG_")
+        environment |= {name: value for name, value in given.items() if name.startswith(prefixes)}
     if processes > 1 or config is not None:
         environment |= {
             "RANK": "0",

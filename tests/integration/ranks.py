@@ -79,7 +79,7 @@ def launch(
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED_MODULES)
-    environment = {**_environment(processes, config), "MASTER_PORT": str(_free_port())}
+    environment = {**_environment(processes, config), "MASTER_PORT": str(free_port())}
     logs.mkdir(parents=True, exist_ok=True)
     files = [logs / f"rank-{rank}.txt" for rank in range(processes)]
     ranks = []
@@ -173,7 +173,8 @@ def _environment(processes: int, config: str | None) -> dict[str, str]:
     return environment
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """Return a port that nothing listens at."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return free.getsockname()[1]

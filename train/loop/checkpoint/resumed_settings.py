@@ -75,10 +75,10 @@ class ResumedSettings:
         self._schedule: dict[str, Any] = {}
 
     def refuse_under_deepspeed(self, checkpoint: Checkpoint, processes: int | None = None) -> None:
-        """Raise UserError for an optimizer that DeepSpeed, if it wrote the checkpoint, can't resume or start in mid-run.
+        """Raise UserError for an optimizer that DeepSpeed, if it wrote the checkpoint, can't continue in this run.
 
-        `processes`: those of this run, if they are known. Each has partitions of bitsandbytes' states, in blocks with a
-        scale each, which DeepSpeed's converter can't join.
+        `processes`: those of this run, if they are known: DeepSpeed's converter can't join the partitions of
+        bitsandbytes' states for other processes, as they are quantized in blocks.
         """
         optimizer, before = self._name(self._before), checkpoint.manifest["processes"]
         partitioned = checkpoint.manifest["distribution"].startswith("DeepSpeed") and before != (processes or before)

@@ -55,7 +55,7 @@ def finetune(recipe: Recipe, checkpoint: Checkpoint | None = None, resume_anyway
     checked = examine_model(recipe)
     _refuse([master_weights_error(recipe, checked.dtype, read_launch(recipe.training, os.environ) or Launch())])
     if checkpoint:
-        ResumedSettings(checkpoint, recipe).refuse_under_deepspeed(checkpoint)
+        ResumedSettings(checkpoint, recipe).refuse_under_deepspeed(checkpoint, world_size())
     tokenizer, template, _ = load_chat_tokenizer(recipe.model, recipe.chat, get_run_date(checkpoint))
     check_vocabulary(tokenizer, recipe.model, checked.embeddings)
     check_float8_start(recipe)

@@ -79,7 +79,7 @@ def launch(
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED_MODULES)
-    environment = {**_environment(processes, config), "MASTER_PORT": str(_free_port())}
+    environment = {**_environment(processes, config), "MASTER_PORT": str(free_port())}
     logs.mkdir(parents=True, exist_ok=True)
     files = [logs / f"rank-{rank}.txt" for rank in range(processes)]
     ranks = []
@@ -160,7 +160,8 @@ def _environment(processes: int, config: str | None) -> dict[str, str]:
             given: dict[str, Any] = prepare_deepspeed_cmd_env(args)[1]
         else:
             given = prepare_multi_gpu_env(args)
-        environment |= {name: value for name, value in given.items() if name.startswith(("ACCELERATE_", "FSDP_"))}
+        prefixes = ("ACCELERATE_", "FSDP_", "PARALLELISM_CONFIG_")
+        environment |= {name: value for name, value in given.items() if name.startswith(prefixes)}
     if processes > 1 or config is not None:
         environment |= {
             "RANK": "0",
@@ -172,7 +173,8 @@ def _environment(processes: int, config: str | None) -> dict[str, str]:
     return environment
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """Return a port that nothing listens at."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return free.getsockname()[1]

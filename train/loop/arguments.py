@@ -136,3 +136,14 @@ def _check_storage(recipe: Recipe) -> None:
             f"quantization.bnb_4bit_quant_storage: {storage} differs from model.dtype: {dtype}. ZeRO-3 and FSDP need "
             f"weights of one type. Write the same type for both, and for bnb_4bit_compute_dtype."
         )
+
+
+def compile_warnings(arguments: SFTConfig) -> list[str]:
+    """Return a warning about a configuration under which training.torch_compile gains little."""
+    plugin = arguments.deepspeed_plugin
+    if not arguments.torch_compile or plugin is None or not plugin.hf_ds_config.is_zero3():
+        return []
+    return [
+        "training.torch_compile: under ZeRO-3 a hook of DeepSpeed's at each module ends the graph, so little is "
+        "compiled. Launch with accelerate_configs/fsdp2.yaml, or with zero1.yaml or zero2.yaml if the model fits."
+    ]

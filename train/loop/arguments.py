@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
+from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 from trl import SFTConfig
 
 from train.errors import UserError
@@ -138,12 +139,12 @@ def _check_storage(recipe: Recipe) -> None:
         )
 
 
-def compile_warnings(arguments: SFTConfig) -> list[str]:
-    """Return a warning about a configuration under which training.torch_compile gains little."""
-    plugin = arguments.deepspeed_plugin
-    if not arguments.torch_compile or plugin is None or not plugin.hf_ds_config.is_zero3():
-        return []
-    return [
-        "training.torch_compile: under ZeRO-3 a hook of DeepSpeed's at each module ends the graph, so little is "
-        "compiled. Launch with accelerate_configs/fsdp2.yaml, or with zero1.yaml or zero2.yaml if the model fits."
-    ]
+@contextmanager
+def without_zero3(arguments: SFTConfig) -> Iterator[None]:
+    """Keep transformers from partitioning, under ZeRO-3, a model that has no weights."""
+    unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        if plugin := arguments.deepspeed_plugin:  # training.deepspeed makes one without dschf
+            set_hf_deepspeed_config(getattr(plugin, "dschf", plugin.hf_ds_config))

@@ -34,7 +34,7 @@ def start_screen(
 
     `template`, `system_gain`: their descriptions. `model_notes`: sentences on the model.
     """
-    from train.loop.arguments import compile_warnings
+    from train.loop.compilation import compile_warnings
     from train.model.attention.selection import select_attention
     from train.model.float8 import float8_warnings
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
+from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 from trl import SFTConfig
 
 from train.errors import UserError
@@ -136,3 +137,14 @@ def _check_storage(recipe: Recipe) -> None:
             f"quantization.bnb_4bit_quant_storage: {storage} differs from model.dtype: {dtype}. ZeRO-3 and FSDP need "
             f"weights of one type. Write the same type for both, and for bnb_4bit_compute_dtype."
         )
+
+
+@contextmanager
+def without_zero3(arguments: SFTConfig) -> Iterator[None]:
+    """Keep transformers from partitioning, under ZeRO-3, a model that has no weights."""
+    unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        if plugin := arguments.deepspeed_plugin:  # training.deepspeed makes one without dschf
+            set_hf_deepspeed_config(getattr(plugin, "dschf", plugin.hf_ds_config))

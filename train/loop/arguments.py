@@ -102,6 +102,13 @@ def check_sharding(recipe: Recipe, arguments: SFTConfig) -> None:
                 f"the DeepSpeed configuration lacks `zero_optimization.{key}: true`, so a save would hold DeepSpeed's "
                 "partitions and no model. Add it, or launch with accelerate_configs/zero3.yaml."
             )
+        key = "zero_hpz_partition_size"
+        nodes_share = min(deepspeed.get_value(f"zero_optimization.{key}") or 1, world_size())
+        if world_size() % nodes_share:
+            raise UserError(
+                f"the DeepSpeed configuration has `zero_optimization.{key}: {nodes_share}`, which doesn't divide the "
+                f"{world_size()} processes. Write the number of GPUs of a node."
+            )
         selective = (arguments.gradient_checkpointing_kwargs or {}).get("selective")
         if recipe.adapter is not None and arguments.gradient_checkpointing and selective:
             raise UserError(

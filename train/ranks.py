@@ -41,8 +41,8 @@ def parallelism_error(environment: Mapping[str, str]) -> str | None:
         if replicas * shards == ranks:
             return None
         return (
-            f"{names[0]}: {replicas} x {names[1]}: {shards} in the launch configuration must be the number of processes, "
-            f"which is {ranks}. Write the number of nodes and the number of GPUs of a node."
+            f"{names[0]}: {replicas} x {names[1]}: {shards} in the launch configuration must be the number of processes "
+            f"({ranks}). Write the number of nodes and the number of GPUs of a node."
         )
     return (
         f"{', '.join(used)} in the launch configuration: accelerate's sequence, context and tensor parallelism do not "
@@ -68,6 +68,11 @@ def single_process_warning(environment: Mapping[str, str]) -> str | None:
         "MULTI_CPU start a single process. For several, with or without GPUs: --config_file "
         "accelerate_configs/ddp.yaml --num_processes N."
     )
+
+
+def is_launched(environment: Mapping[str, str]) -> bool:
+    """Return whether `accelerate launch`, torchrun or an MPI started this process."""
+    return any(name in environment for name in ("ACCELERATE_MIXED_PRECISION", *_WORLD_SIZES))
 
 
 def is_first_rank() -> bool:

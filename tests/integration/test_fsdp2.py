@@ -19,6 +19,10 @@ from safetensors.torch import load_file
 from small_runs import write_recipe, write_rows
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from train.errors import UserError
+from train.loop.arguments import training_arguments
+from train.recipe import load_recipe
+
 STEPS = 4
 SAVED_AT = 2
 ROUNDING = 2e-6
@@ -254,3 +258,42 @@ def test_the_saved_model_loads_in_plain_transformers(
             assert model.dtype == torch.float32
         logits.append(model(ids).logits)
     torch.testing.assert_close(logits[0], logits[1], rtol=0, atol=1e-4)
+
+
+@pytest.fixture
+def launched_by_fsdp2(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("FSDP_VERSION", "2")
+
+
+@pytest.mark.usefixtures("launched_by_fsdp2")
+@pytest.mark.parametrize("copied", ["lm_head", "embed_tokens"])
+def test_a_trained_copy_of_a_tied_layer_is_refused(
+    copied: str, tiny_model: Path, untied_model: Path, recipe_file: Callable[..., Path]
+) -> None:
+    """accelerate would tie the copy to the layer that it was copied from."""
+    adapter = {"r": 2, "modules_to_save": [copied]}
+    with pytest.raises(UserError, match=f"adapter.modules_to_save: {copied} shares its weight with another layer"):
+        training_arguments(load_recipe(recipe_file(adapter=adapter)))
+    training_arguments(load_recipe(recipe_file(adapter=adapter, model={"name_or_path": str(untied_model)})))
+    training_arguments(load_recipe(recipe_file(adapter={"r": 2, "modules_to_save": ["norm"]})))
+
+
+@pytest.mark.usefixtures("launched_by_fsdp2")
+def test_the_recipe_may_turn_off_the_reduction_after_each_micro_batch(
+    recipe_file: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def settings(**training: Any) -> dict[str, Any]:
+        arguments = training_arguments(load_recipe(recipe_file(training=training)))
+        return {
+            "accumulation": arguments.accelerator_config.gradient_accumulation_kwargs,
+            "plugin": arguments.fsdp_plugin_args,
+        }
+
+    assert settings()["accumulation"] == {"sync_each_batch": True}
+    chosen = {"gradient_accumulation_kwargs": {"sync_each_batch": False}}
+    assert settings(accelerator_config=chosen)["accumulation"] == {"sync_each_batch": False}
+    policy = settings(bf16=True)["plugin"]["mixed_precision_policy"]
+    assert (policy.param_dtype, policy.reduce_dtype, policy.output_dtype) == (torch.bfloat16, torch.float32, None)
+    monkeypatch.delenv("ACCELERATE_USE_FSDP")
+    assert settings() == {"accumulation": None, "plugin": None}

@@ -287,6 +287,16 @@ def test_errors_in_the_command_line_name_the_option_and_the_allowed_values(
     assert message in refused(recipe_file(), *arguments)
 
 
+def test_full_fine_tuning_of_16_bit_weights_is_refused_where_nothing_keeps_float32_copies(
+    refused: Callable[..., str], printed: Callable[..., str], recipe_file: Callable[..., Path]
+) -> None:
+    recipe = recipe_file(model={"dtype": "bfloat16"}, training={"bf16": True})
+    ddp = ("--config", "accelerate_configs/ddp.yaml")
+    assert "model.dtype: bfloat16: full fine-tuning would lose most updates" in refused(recipe, *ONE_NODE, *ddp)
+    assert printed(recipe, *ONE_NODE, *ddp, "model.dtype=float32")
+    assert printed(recipe, *ONE_NODE)  # zero3.yaml
+
+
 def test_a_missing_sbatch_is_an_error(
     refused: Callable[..., str], recipe_file: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -11,7 +11,7 @@ from accelerate import PartialState
 from trl import SFTConfig
 
 from train.errors import UserError
-from train.loop.fsdp import configure_fsdp2, is_fsdp2
+from train.loop.fsdp import check_tied_modules, configure_fsdp2, is_fsdp2
 from train.loop.tracking import tracker_names
 from train.model.load import load_config
 from train.model.text_part import build_meta_model
@@ -66,6 +66,7 @@ def training_arguments(recipe: Recipe, stop_tokens: Sequence[str] = ()) -> SFTCo
         arguments = SFTConfig(**settings)
     check_sharding(recipe, arguments)
     if is_fsdp2(arguments):
+        check_tied_modules(recipe)
         configure_fsdp2(arguments)
     return arguments
 

@@ -41,8 +41,8 @@ def parallelism_error(environment: Mapping[str, str]) -> str | None:
         if replicas * shards == ranks:
             return None
         return (
-            f"{names[0]}: {replicas} x {names[1]}: {shards} in the launch configuration must be the number of processes "
-            f"({ranks}). Write the number of nodes and the number of GPUs of a node."
+            f"{names[0]}: {replicas} x {names[1]}: {shards} in the launch configuration must be the number of "
+            f"processes ({ranks}). Write the number of nodes and the number of GPUs of a node."
         )
     return (
         f"{', '.join(used)} in the launch configuration: accelerate's sequence, context and tensor parallelism do not "

@@ -47,7 +47,7 @@ def training_arguments(recipe: Recipe, stop_tokens: Sequence[str] = ()) -> SFTCo
         "seed": recipe.seed,
         "max_length": None,
         "packing": False,
-        "padding_free": recipe.data.packing,
+        "padding_free": recipe.data.packing,  # JanusTrainer: rows that aren't packed too, where the model allows it
         "dataset_kwargs": {"skip_prepare_dataset": True},
         "eos_token": next(iter(stop_tokens), None),
         "report_to": tracker_names(recipe.tracking),

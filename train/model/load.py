@@ -20,6 +20,7 @@ from train.model.adapters import check_adapter, quantization_config
 from train.model.attention.selection import attention_needs, choose_attention, machine, select_attention
 from train.model.float8 import check_float8, check_float8_start, convert
 from train.model.folder import adapter_base, is_adapter_alone
+from train.model.hub_kernels import check_layer_kernels
 from train.model.pretrained import optional_file, origin, reading, unloadable
 from train.model.quantized_weights import (
     check_quantized,
@@ -79,6 +80,7 @@ def check_model(recipe: Recipe) -> CheckedModel:
     """
     quantization_config(recipe.quantization)
     check_float8(recipe)
+    check_layer_kernels(recipe.model)
     config = load_config(recipe.model)
     with reading(recipe.model, "config.json"):
         _check_kind(recipe.model.name_or_path, config)
@@ -143,7 +145,7 @@ def load_model(recipe: Recipe) -> PreTrainedModel:
     check_float8_start(recipe)
     config = load_config(model)
     attention = select_attention(recipe, config)
-    settings: dict[str, Any] = {"attn_implementation": attention.kernel, "dtype": getattr(torch, model.dtype, "auto")}
+    settings: dict[str, Any] = {**attention.load_arguments, "dtype": getattr(torch, model.dtype, "auto")}
     settings["use_safetensors"] = None if model.allow_pickle else True
     quantization = quantization_to_load(config)
     if read_saved_quantization(config) is None:

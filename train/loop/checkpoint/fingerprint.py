@@ -27,6 +27,7 @@ RESUMABLE_CHANGES = {
     "data.cache_dir",
     "data.processes",
     "model.attention",
+    "model.use_kernels",
     "made.template",
     *(
         f"training.{name}"

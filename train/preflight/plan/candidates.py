@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from train.model.architecture import Architecture
-from train.preflight.plan.activations import Precision, estimate_activations
+from train.preflight.plan.activation_formulas import Precision, estimate_activations
 from train.preflight.plan.cluster import MAX_GPUS, Cluster
 from train.preflight.plan.memory import DDP, STRATEGIES, Memory, StateSettings, Strategy, estimate_memory
 from train.preflight.plan.optimizer_states import runs_on_host

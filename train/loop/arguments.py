@@ -75,8 +75,9 @@ def training_arguments(recipe: Recipe, stop_tokens: Sequence[str] = ()) -> SFTCo
 def save_timeout(recipe: Recipe) -> int:
     """Return the seconds that ranks wait for each other: as long as the files of a checkpoint may take to be written.
 
-    While the first rank writes the model, all others wait in the default process group (`CheckpointWriter`), whose
-    timeout this is. A rank that hangs is noticed after the same time.
+    While the first rank writes the model, or deletes an older checkpoint, all others wait in the default process group
+    (`CheckpointWriter`), whose timeout this is. The groups of DeepSpeed and of FSDP's meshes have NCCL's 10 minutes.
+    A rank that hangs is noticed after the same time.
 
     The bytes are those of the weights and, per parameter, of a float32 master weight and two moments: 988 GB for a 70B
     in bfloat16. An adapter's are few. DEEPSPEED_TIMEOUT has no effect, as accelerate starts the group before DeepSpeed.
@@ -103,6 +104,13 @@ def check_sharding(recipe: Recipe, arguments: SFTConfig) -> None:
             raise UserError(
                 f"the DeepSpeed configuration lacks `zero_optimization.{key}: true`, so a save would hold DeepSpeed's "
                 "partitions and no model. Add it, or launch with accelerate_configs/zero3.yaml."
+            )
+        key = "zero_hpz_partition_size"
+        nodes_share = min(deepspeed.get_value(f"zero_optimization.{key}") or 1, world_size())
+        if world_size() % nodes_share:
+            raise UserError(
+                f"the DeepSpeed configuration has `zero_optimization.{key}: {nodes_share}`, which doesn't divide the "
+                f"{world_size()} processes. Write the number of GPUs of a node."
             )
         selective = (arguments.gradient_checkpointing_kwargs or {}).get("selective")
         if recipe.adapter is not None and arguments.gradient_checkpointing and selective:

@@ -128,11 +128,11 @@ def test_a_70b_on_two_nodes() -> None:
 
 
 def test_janus_trains_on_one_h200_without_offload_and_on_eight_h100_without_full_checkpointing() -> None:
-    one, eight = plan_of(candidates_for(JANUS), "1xH200"), plan_of(candidates_for(JANUS), "8xH100")
-    assert one.best
-    assert not one.best.settings.strategy.offload
-    assert one.best.settings.dtype == "float32"
-    assert "model.dtype=float32" in (one.launch or "")
+    single, eight = plan_of(candidates_for(JANUS), "1xH200"), plan_of(candidates_for(JANUS), "8xH100")
+    assert single.best
+    assert not single.best.settings.strategy.offload
+    assert single.best.settings.dtype == "float32"
+    assert "model.dtype=float32" in (single.launch or "")
     assert eight.best
     assert eight.best.settings.checkpointing != "full"
     assert eight.hours < eight.written[0].hours

@@ -203,8 +203,8 @@ def test_the_recipe_as_written_is_evaluated_under_each_strategy() -> None:
     assert [candidate.overrides for candidate in written[:-1]] == [[]] * 4
     assert written[-1].overrides == ["training.optim=adamw_torch"]  # DeepSpeed's own runs on the host
     assert [bool(candidate.caution) for candidate in written] == [True, False, False, False, False]
-    one = cluster_of(40, gpus=1)
-    assert [strategy.name for strategy in list_strategies(one)] == ["DDP", "ZeRO-3 offload"]
+    single = cluster_of(40, gpus=1)
+    assert [strategy.name for strategy in list_strategies(single)] == ["DDP", "ZeRO-3 offload"]
 
 
 def test_full_checkpointing_takes_eight_sixths_of_the_layers_flops() -> None:

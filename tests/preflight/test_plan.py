@@ -4,6 +4,7 @@ import json
 import re
 import shlex
 import shutil
+import subprocess
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -99,7 +100,16 @@ def test_the_launch_that_a_recipe_names_fits_the_gpus_that_the_paper_had(path: P
 
 def test_the_command_can_be_pasted_and_clusters_have_an_end() -> None:
     lora = candidates_for(JANUS, "adapter={r: 16}", "output_dir=a folder")
-    assert {"adapter={r: 16}", "output_dir=a folder"} <= set(shlex.split(plan_of(lora, "8xH100").launch or ""))
+    plan = plan_of(lora, "8xH100")
+    words = shlex.split(plan.launch or "")
+    assert {"adapter={r: 16}", "output_dir=a folder"} <= set(words)
+    lines = describe_plan(plan)
+    start = next(number for number, line in enumerate(lines) if line.startswith("  accelerate launch"))
+    shown = "\n".join(line for line in lines[start:] if line.startswith("  "))
+    read = subprocess.run(
+        ["bash", "-c", f"printf '%s\\n' {shown.lstrip()}"], capture_output=True, text=True, check=True
+    )
+    assert read.stdout.splitlines() == words
     for gpus, nodes in (("99999999999999x80GB", 1), ("8xH100", 100_000), ("8xH100", 0)):
         with pytest.raises(UserError, match="Write 1 to 16,384 GPUs in all"):
             parse_cluster(gpus, nodes)

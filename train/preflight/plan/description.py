@@ -1,7 +1,7 @@
 """A plan as lines of plain text, for the page of `--check`."""
 
+import shlex
 from collections.abc import Callable, Sequence
-from textwrap import wrap
 
 from train.preflight.plan.candidates import EIGHT_BIT_ADAM, MAX_NODES, Candidate, FewestGpus
 from train.preflight.plan.cluster import GIB, RESERVE
@@ -154,8 +154,12 @@ def _gib(candidate: Candidate) -> str:
 
 
 def _command(launch: str) -> list[str]:
-    """Return a command in lines that a shell reads as one."""
-    lines = wrap(launch, _COMMAND_WIDTH, break_long_words=False, break_on_hyphens=False)
+    """Return a command in lines that a shell reads as one: broken between words, never inside quotes."""
+    lines = [""]
+    for word in map(shlex.quote, shlex.split(launch)):
+        if lines[-1] and len(lines[-1]) + 1 + len(word) > _COMMAND_WIDTH:
+            lines.append("")
+        lines[-1] += f" {word}" if lines[-1] else word
     return [f"  {'  ' if number else ''}{line}" for number, line in enumerate(" \\\n".join(lines).split("\n"))]
 
 

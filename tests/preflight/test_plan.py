@@ -148,6 +148,29 @@ def test_janus_trains_on_one_h200_without_offload_and_on_eight_h100_without_full
     assert eight.hours < eight.written[0].hours
 
 
+JANUS_ON = {"1xH200": (1, 16), "4xA100-80GB": (1, 4), "8xH100": (1, 2), "8xH200": (1, 2)}
+"""GPUs: nodes, and the accumulation steps that keep the recipe's 32 sequences a step with its micro-batch of 2."""
+
+
+@pytest.mark.parametrize("gpus", JANUS_ON)
+def test_the_readme_s_settings_for_janus_are_those_of_the_plan(gpus: str) -> None:
+    nodes, accumulation = JANUS_ON[gpus]
+    own = () if accumulation == 4 else (f"training.gradient_accumulation_steps={accumulation}",)
+    plan = plan_of(candidates_for(JANUS, *own), gpus, nodes)
+    assert plan.best
+    settings = plan.best.settings
+    assert settings.batch * settings.accumulation * plan.cluster.processes == 32
+    words = [word for word in shlex.split(plan.launch or "") if re.match(r"(model|training)\.", word)]
+    cells = [
+        gpus.replace("x", " x ", 1),
+        f"[{Path(plan.config_file or '').name}]({Path(plan.config_file or '').name})",
+        ", ".join(f"`{word}`" for word in words) or "none",
+        f"{plan.best.memory.total / 2**30:.0f}",
+    ]
+    readme = (ROOT / "accelerate_configs" / "README.md").read_text(encoding="utf-8")
+    assert f"| {' | '.join(cells)} |" in readme.replace("<br>", "")
+
+
 def test_a_run_that_fits_nowhere_says_why() -> None:
     plan = plan_of(candidates_for(JANUS), "1x4GB")
     assert plan.chosen is plan.launch is plan.overrides is None

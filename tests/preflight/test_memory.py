@@ -14,14 +14,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, Phi3Conf
 
 from train.model.architecture import Architecture, inspect_architecture
 from train.model.flops import count_training_flops
-from train.preflight.plan.activations import (
-    TOKEN_CHUNK,
-    VOCABULARY_CHUNK,
-    Precision,
-    estimate_activations,
-    head_bytes,
-    layer_bytes,
-)
+from train.preflight.plan.activation_formulas import Precision, estimate_activations, head_bytes, layer_bytes
+from train.preflight.plan.fused_head import TOKEN_CHUNK, VOCABULARY_CHUNK
 from train.preflight.plan.memory import DDP, STRATEGIES, StateSettings, count_state_bytes
 from train.preflight.plan.optimizer_states import Tensor, state_bytes
 from train.recipe import AdapterSection, QuantizationSection, load_recipe

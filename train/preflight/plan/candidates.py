@@ -169,7 +169,7 @@ class Candidates:
         return self._states[key]
 
     def _activations(self, settings: Settings) -> Activations:
-        """Ask the tracer: DeepSpeed computes with 16-bit weights, without it autocast casts them."""
+        """Trace them: DeepSpeed casts all weights to 16 bits; without it autocast does where they are used."""
         sharded = settings.strategy.stage > 0
         loaded = "bfloat16" if has_16_bit_weights(self._shape_in(settings.dtype)) else "float32"
         return self._tracer.activations(
@@ -178,6 +178,7 @@ class Candidates:
             checkpointing=settings.checkpointing,
             tokens=settings.batch * self.length,
             longest=self.length,
+            adapter="bfloat16" if sharded and self._half else "float32",
         )
 
 

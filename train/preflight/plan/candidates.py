@@ -106,26 +106,16 @@ class Candidates:
 
     def evaluate(self, settings: Settings, cluster: Cluster, workload: Workload) -> Candidate:
         """Return the candidate of `settings` on `cluster`."""
-        shape, memory = self._shape_in(settings.dtype), self.memory(settings, cluster)
-        seconds = estimate_step(
-            shape,
-            workload.flops,
-            settings,
-            self._count_states(settings, cluster),
-            cluster,
-            low_precision=self._half,
-            weight_bytes=self._bytes_computed_with,
-        )
-        no_masters = settings.strategy.stage == 0 and self.recipe.adapter is None and has_16_bit_weights(shape)
+        memory, seconds = self.memory(settings, cluster), self.seconds(settings, cluster, workload)
+        no_masters = settings.strategy.stage == 0 and self.recipe.adapter is None
+        no_masters = no_masters and has_16_bit_weights(self._shape_in(settings.dtype))
         return Candidate(
             settings=settings,
             overrides=list_overrides(self.recipe, settings),
             memory=memory,
             usable_memory=cluster.usable_memory,
             fits=memory.total <= cluster.usable_memory,
-            caution="16-bit weights without float32 copies lose small updates (model.dtype=float32)"
-            if no_masters
-            else None,
+            caution=_NO_MASTERS if no_masters else None,
             seconds=seconds,
             hours=seconds.total * workload.steps / 3_600,
         )
@@ -134,11 +124,26 @@ class Candidates:
         """Return the bytes of one GPU under `settings` on `cluster`."""
         return sum_memory(settings.strategy, self._count_states(settings, cluster), self._activations(settings))
 
+    def seconds(self, settings: Settings, cluster: Cluster, workload: Workload) -> StepSeconds:
+        """Return the seconds of an optimizer step."""
+        return estimate_step(
+            self._shape_in(settings.dtype),
+            workload.flops,
+            settings,
+            self._count_states(settings, cluster),
+            cluster,
+            low_precision=self._half,
+            weight_bytes=self._bytes_computed_with,
+        )
+
     def fits(self, strategy: Strategy, cluster: Cluster, optimizer: str) -> bool:
         """Return whether any settings under `strategy` fit on `cluster`."""
-        return any(
-            self.memory(settings, cluster).total <= cluster.usable_memory for settings in self.list(strategy, optimizer)
-        )
+        return self.memory(self.leanest(self.list(strategy, optimizer)), cluster).total <= cluster.usable_memory
+
+    @staticmethod
+    def leanest(settings: Sequence[Settings]) -> Settings:
+        """Return the settings that take the least memory: full checkpointing, one sequence at a time."""
+        return min(settings, key=lambda each: (each.checkpointing != "full", each.batch))
 
     @property
     def _bytes_computed_with(self) -> int:
@@ -196,12 +201,29 @@ def find_best(
     candidates: Candidates, cluster: Cluster, workload: Workload, optimizer: str | None = None
 ) -> list[Candidate]:
     """Return the best candidate of each strategy on `cluster`, or the smallest where none fits."""
-    every = [
-        [candidates.evaluate(settings, cluster, workload) for settings in candidates.list(strategy, optimizer)]
-        for strategy in list_strategies(cluster)
-    ]
+    every = [_list_fitting(candidates, cluster, workload, strategy, optimizer) for strategy in list_strategies(cluster)]
     fastest = fastest_seconds([candidate for of_strategy in every for candidate in of_strategy])
-    return [_best(of_strategy, fastest) or min(of_strategy, key=_total) for of_strategy in every]
+    return [_best(of_strategy, fastest) or of_strategy[0] for of_strategy in every]
+
+
+def _list_fitting(
+    candidates: Candidates, cluster: Cluster, workload: Workload, strategy: Strategy, optimizer: str | None
+) -> list[Candidate]:
+    """Return the candidates of a strategy that fit and are within EQUALLY_FAST of its fastest, or else the leanest.
+
+    Speed costs nothing to compute, and memory a trace, so settings are tried from the fastest on.
+    """
+    every = candidates.list(strategy, optimizer)
+    leanest = candidates.evaluate(candidates.leanest(every), cluster, workload)
+    fitting: list[Candidate] = []
+    if not leanest.fits:
+        return [leanest]
+    for settings in sorted(every, key=lambda settings: candidates.seconds(settings, cluster, workload).total):
+        if fitting and candidates.seconds(settings, cluster, workload).total > EQUALLY_FAST * fitting[0].seconds.total:
+            break
+        if (candidate := candidates.evaluate(settings, cluster, workload)).fits:
+            fitting.append(candidate)
+    return fitting
 
 
 def choose(best: Sequence[Candidate]) -> Candidate | None:
@@ -230,15 +252,11 @@ def _best(candidates: Sequence[Candidate], fastest: float) -> Candidate | None:
     close = [candidate for candidate in fitting if candidate.seconds.total <= limit]
 
     def order(candidate: Candidate) -> tuple[float, ...]:
-        roomy = _total(candidate) <= ROOMY * candidate.usable_memory
+        roomy = candidate.memory.total <= ROOMY * candidate.usable_memory
         strategy = candidate.settings.strategy
-        return strategy.offload, len(candidate.overrides), not roomy, STRATEGIES.index(strategy), _total(candidate)
+        return strategy.offload, len(candidate.overrides), not roomy, STRATEGIES.index(strategy), candidate.memory.total
 
     return min(close, key=order, default=None)
-
-
-def _total(candidate: Candidate) -> int:
-    return candidate.memory.total
 
 
 def evaluate_written(candidates: Candidates, cluster: Cluster, workload: Workload) -> list[Candidate]:

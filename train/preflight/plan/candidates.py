@@ -86,14 +86,20 @@ class FewestGpus:
 
 
 class Candidates:
-    """All candidates of a recipe. `length`: tokens of the longest sequence. It remembers what several of them share."""
+    """All candidates of a recipe. It remembers what several of them share.
 
-    def __init__(self, recipe: Recipe, config: PreTrainedConfig, length: int) -> None:
+    - `length`: tokens of the longest sequence;
+    - `tracer`: of another recipe with the same model, adapter and packing, whose traces are used again.
+    """
+
+    def __init__(
+        self, recipe: Recipe, config: PreTrainedConfig, length: int, tracer: ActivationTracer | None = None
+    ) -> None:
         """Inspect the model's architecture. Raises UserError for one that can't be planned."""
         self.recipe, self.length = recipe, length
         self.shape = inspect_architecture(recipe, config)
         self._half = computes_in_16_bits(recipe)
-        self._tracer = ActivationTracer(recipe, config)
+        self.tracer = tracer or ActivationTracer(recipe, config)
         self._states: dict[tuple[Strategy, str, str, int], StateBytes] = {}
         quantization = recipe.quantization
         self._storage = _ITEMSIZES[quantization.bnb_4bit_quant_storage] if quantization else 2
@@ -177,7 +183,7 @@ class Candidates:
         """Trace them: DeepSpeed casts all weights to 16 bits; without it autocast does where they are used."""
         sharded = settings.strategy.stage > 0
         loaded = "bfloat16" if has_16_bit_weights(self._shape_in(settings.dtype)) else "float32"
-        return self._tracer.activations(
+        return self.tracer.activations(
             weights=("bfloat16" if self._half else "float32") if sharded else loaded,
             autocast=self._half and not sharded,
             checkpointing=settings.checkpointing,

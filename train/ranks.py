@@ -60,6 +60,11 @@ def single_process_warning(environment: Mapping[str, str]) -> str | None:
     )
 
 
+def is_launched(environment: Mapping[str, str]) -> bool:
+    """Return whether `accelerate launch`, torchrun or an MPI started this process."""
+    return any(name in environment for name in ("ACCELERATE_MIXED_PRECISION", *_WORLD_SIZES))
+
+
 def is_first_rank() -> bool:
     """Return whether this process prints and writes for all ranks; true without a launcher too."""
     return int(os.environ.get("RANK", "0")) == 0

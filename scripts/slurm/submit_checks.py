@@ -38,7 +38,7 @@ def check_launch(options: argparse.Namespace) -> dict[str, Any]:
     return dict(config)
 
 
-def check_task(options: argparse.Namespace, task: Task) -> None:
+def check_task(options: argparse.Namespace, config: dict[str, Any], task: Task) -> None:
     """Check the time limit and the recipe of a task; its data is not read. Raises UserError."""
     if options.seconds <= (margin := task.recipe.save.seconds_before_end):
         raise UserError(
@@ -46,13 +46,14 @@ def check_task(options: argparse.Namespace, task: Task) -> None:
             "stop after its first step. Request more time, or lower save.seconds_before_end."
         )
     with redirect_stdout(sys.stderr):  # standard output is for the script
-        _check_recipe(task.recipe, options.nodes * max(options.gpus, 1), options.resume_anyway)
+        _check_recipe(task.recipe, config, options.nodes * max(options.gpus, 1), options.resume_anyway)
 
 
-def _check_recipe(recipe: Recipe, processes: int, resume_anyway: list[str]) -> None:
+def _check_recipe(recipe: Recipe, config: dict[str, Any], processes: int, resume_anyway: list[str]) -> None:
     check_files_exist(recipe)
     import torch
 
+    from train.loop.master_weights import master_weights_error, read_launch_configuration
     from train.loop.optimizer_test import check_optimizer
     from train.model.folder import check_model_folder
     from train.model.load import check_model
@@ -66,6 +67,9 @@ def _check_recipe(recipe: Recipe, processes: int, resume_anyway: list[str]) -> N
     # A login node has no GPU to test attention kernels on: the nodes test them before they load the model.
     any_attention = recipe.model.model_copy(update={"attention": "auto"})
     checked = check_model(recipe if torch.cuda.is_available() else recipe.model_copy(update={"model": any_attention}))
+    launch = read_launch_configuration(recipe.training, config)
+    if error := master_weights_error(recipe, checked.dtype, launch):
+        raise UserError(error)
     check_optimizer(recipe)
     check_vocabulary(load_chat_tokenizer(recipe.model, recipe.chat).tokenizer, recipe.model, checked.embeddings)
 

@@ -3,15 +3,21 @@
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from trl import SFTConfig
 
 from train.errors import UserError
+from train.loop.fsdp import check_tied_modules, configure_fsdp2, is_fsdp2
 from train.loop.tracking import tracker_names
-from train.ranks import deepspeed_launch_error, parallelism_error
+from train.model.load import load_config
+from train.model.text_part import build_meta_model
+from train.ranks import deepspeed_launch_error, parallelism_error, world_size
 from train.recipe import Recipe
+from train.storage.transfer_time import longest_transfer
 
 
 @contextmanager
@@ -33,6 +39,7 @@ def training_arguments(recipe: Recipe, stop_tokens: Sequence[str] = ()) -> SFTCo
         "use_cpu": not torch.accelerator.is_available(),
         # the search for unused parameters traverses the graph at each step, and a dense model has none
         "ddp_find_unused_parameters": False,
+        "ddp_timeout": save_timeout(recipe),
         "logging_nan_inf_filter": False,  # log losses that are not finite, not a mean in their place (trl#6702)
         **recipe.training,
         "output_dir": recipe.output_dir,
@@ -40,7 +47,7 @@ def training_arguments(recipe: Recipe, stop_tokens: Sequence[str] = ()) -> SFTCo
         "seed": recipe.seed,
         "max_length": None,
         "packing": False,
-        "padding_free": recipe.data.packing,
+        "padding_free": recipe.data.packing,  # JanusTrainer: rows that aren't packed too, where the model allows it
         "dataset_kwargs": {"skip_prepare_dataset": True},
         "eos_token": next(iter(stop_tokens), None),
         "report_to": tracker_names(recipe.tracking),
@@ -52,10 +59,31 @@ def training_arguments(recipe: Recipe, stop_tokens: Sequence[str] = ()) -> SFTCo
         )
     if error := deepspeed_launch_error(settings.get("deepspeed"), os.environ) or parallelism_error(os.environ):
         raise UserError(error)
+    if settings["use_cpu"] and world_size() > 1:  # transformers passes ddp_timeout on for GPUs only
+        timeout = timedelta(seconds=settings["ddp_timeout"])
+        PartialState(cpu=True, backend=settings.get("ddp_backend"), timeout=timeout)
     with as_user_error("training"):
         arguments = SFTConfig(**settings)
     check_sharding(recipe, arguments)
+    if is_fsdp2(arguments):
+        check_tied_modules(recipe)
+        configure_fsdp2(arguments)
     return arguments
+
+
+def save_timeout(recipe: Recipe) -> int:
+    """Return the seconds that ranks wait for each other: as long as the files of a checkpoint may take to be written.
+
+    While the first rank writes the model, all others wait in the default process group (`CheckpointWriter`), whose
+    timeout this is. A rank that hangs is noticed after the same time.
+
+    The bytes are those of the weights and, per parameter, of a float32 master weight and two moments: 988 GB for a 70B
+    in bfloat16. An adapter's are few. DEEPSPEED_TIMEOUT has no effect, as accelerate starts the group before DeepSpeed.
+    """
+    if world_size() == 1 or recipe.adapter is not None:
+        return longest_transfer(0)
+    model = build_meta_model(load_config(recipe.model), recipe.model)
+    return longest_transfer(sum(weight.numel() * (weight.element_size() + 12) for weight in model.parameters()))
 
 
 def check_sharding(recipe: Recipe, arguments: SFTConfig) -> None:

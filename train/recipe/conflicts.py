@@ -139,6 +139,8 @@ def check_sections(document: Document) -> None:
         document.add_error(("quantization",), f"4-bit weights can't be trained. {remedy}.")
     if document.section("model").get("float8") is not None:
         _check_float8(document)
+    if document.section("model").get("use_kernels") is True:
+        _check_use_kernels(document)
     targets = document.section("adapter").get("target_modules")
     for index, name in enumerate(targets if isinstance(targets, list) else ()):
         if isinstance(name, str) and name.split(".")[-1] == "lm_head":
@@ -159,6 +161,16 @@ def _check_float8(document: Document) -> None:
     weights = document.section("model").get("dtype", "bfloat16")
     if training.get("fp16") or (training.get("bf16") is False and weights in ("float16", "float32")):
         document.add_error(key, "float8 needs bfloat16 around it. Write `training.bf16: true`, or null here.")
+
+
+def _check_use_kernels(document: Document) -> None:
+    key, training = ("model", "use_kernels"), document.section("training")
+    if training.get("use_liger_kernel"):
+        document.add_error(key, "`training.use_liger_kernel` replaces the same layers. Keep one of them.")
+    if training.get("torch_compile"):
+        # hub_kernels.py of transformers 5.23 on RMSNorm: "Not torch.compile friendly"
+        reason = "`training.torch_compile` can't trace these kernels, and fuses the layers itself"
+        document.add_error(key, f"{reason}. Keep one of them.")
 
 
 def check_files(document: Document) -> None:

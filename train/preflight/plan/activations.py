@@ -87,15 +87,27 @@ class ActivationTracer:
 
         Raises UserError for a model that can't be traced.
         """
-        setting = _Setting(weights, autocast, checkpointing, "bfloat16" if self._recipe.quantization else adapter)
+        setting = self._setting(weights, autocast, checkpointing, adapter)
         self._classify(weights)
-        rows = 1
-        if not is_flash(self._kernel) and not self._recipe.data.packing:  # padded to the longest
-            rows = max(1, tokens // longest)
-        trace = self._interpolated(setting, tokens) if is_flash(self._kernel) else None
-        return _extrapolate(trace or self._trace(setting, tokens, rows), self._layers)
+        if is_flash(self._kernel):
+            trace = self._interpolated(setting, tokens) or self._trace(setting, tokens, 1)
+        else:  # without packing rows are padded to the longest
+            trace = self._trace(setting, tokens, 1 if self._recipe.data.packing else max(1, tokens // longest))
+        return _extrapolate(trace, self._layers)
+
+    def trace_all_layers(
+        self, *, weights: str, autocast: bool, checkpointing: Checkpointing, tokens: int, adapter: str = "float32"
+    ) -> Activations:
+        """Return the same from a trace of all layers with exactly `tokens`, which takes longer."""
+        self._classify(weights)
+        segments = self._trace_model(self._setting(weights, autocast, checkpointing, adapter), tokens, 1, None)
+        return _extrapolate(_by_name(segments), None)
+
+    def _setting(self, weights: str, autocast: bool, checkpointing: Checkpointing, adapter: str) -> _Setting:
+        return _Setting(weights, autocast, checkpointing, "bfloat16" if self._recipe.quantization else adapter)
 
     def _classify(self, weights: str) -> None:
+        """Find the kinds of the layers, once: they are the same in each dtype."""
         if not self._kernel:
             model = build_model(self._recipe, self._config, weights=weights)
             self._kernel = choose_kernel(self._recipe, model)
@@ -128,9 +140,7 @@ class ActivationTracer:
                     f"fails ({type(error).__name__}: {' '.join(str(error).split())[:200]}). Leave out --gpus: the rest "
                     "of the check works."
                 ) from error
-            self._traces[key] = {
-                segment.name: np.array([segment.start, *segment.live], np.float64) for segment in segments
-            }
+            self._traces[key] = _by_name(segments)
         return self._traces[key]
 
     def _trace_model(self, setting: _Setting, tokens: int, rows: int, layers: LayerKinds | None) -> list[Segment]:
@@ -152,6 +162,10 @@ class ActivationTracer:
                 build_inputs(model, self._kernel, tokens, rows),
                 autocast=half if setting.autocast else None,
             )
+
+
+def _by_name(segments: list[Segment]) -> _Trace:
+    return {segment.name: np.array([segment.start, *segment.live], np.float64) for segment in segments}
 
 
 def _names_layers(recipe: Recipe) -> bool:

@@ -163,8 +163,8 @@ def _stage_1_in_16_bits(shape: Architecture, settings: StateSettings) -> StateBy
       float32 master weights and states of its share.
     - A layer's gradient is freed once it is added (immediate_grad_update; without it, all of them stay beside their
       sums: 2 bytes more per parameter).
-    - After the last micro-batch the sums are reduced as copies in 16 bits; groups that share a bucket are concatenated
-      before.
+    - After the last micro-batch the sums are reduced in place (communication_data_type: fp32); groups that share a
+      bucket are copied together before.
     """
     aligned = _aligned(shape, settings)
     shares = [elements // settings.gpus for elements in aligned]
@@ -173,7 +173,7 @@ def _stage_1_in_16_bits(shape: Architecture, settings: StateSettings) -> StateBy
         if sum(buckets[-1]) > _ALL_REDUCE:
             buckets.append([])
         buckets[-1].append(elements)
-    reducing = max(sum(bucket) * (2 if len(bucket) == 1 else 4 + 2) for bucket in buckets)
+    reducing = max(sum(bucket) * (0 if len(bucket) == 1 else 4) for bucket in buckets)
     return StateBytes(
         parameters=sum(aligned) * 2 + _frozen(shape, 2, settings),
         gradients=sum(aligned) * 4,

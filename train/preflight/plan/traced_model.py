@@ -227,27 +227,24 @@ def fake_tensors(model: torch.nn.Module) -> Iterator[None]:
 
 
 def _fake_parameter(parameter: torch.nn.Parameter, module: Any) -> torch.nn.Parameter:
+    """Return a fake tensor like `parameter`; of a 4-bit weight the packed one, with the scales that its layer reads."""
     if type(parameter).__name__ != "Params4bit":
         return torch.nn.Parameter(torch.empty_like(parameter, device="cpu"), parameter.requires_grad)
     from bitsandbytes.functional import QuantState
-    from bitsandbytes.nn import Params4bit
 
     settings: dict[str, Any] = vars(parameter)
     shape = torch.Size((module.out_features, module.in_features))
-    elements, storage = shape.numel(), settings["quant_storage"]
-    scales, nested = -(-elements // _BLOCK), settings["compress_statistics"]
-    state = QuantState(
+    storage, nested = settings["quant_storage"], settings["compress_statistics"]
+    scales = -(-shape.numel() // _BLOCK)
+    packed = torch.empty((-(-shape.numel() // (2 * storage.itemsize)), 1), dtype=storage)
+    weight: Any = torch.nn.Parameter(packed, requires_grad=False)
+    weight.quant_state = QuantState(
         torch.empty(scales, dtype=torch.uint8 if nested else torch.float32), shape=shape, code=torch.empty(16),
         blocksize=_BLOCK, quant_type=settings["quant_type"], dtype=module.compute_dtype,
         offset=torch.empty(()) if nested else None,
         state2=QuantState(torch.empty(-(-scales // 256)), code=torch.empty(256), blocksize=256) if nested else None,
     )  # fmt: skip
-    module.quant_state = state
-    return Params4bit(
-        torch.empty((-(-elements // (2 * storage.itemsize)), 1), dtype=storage), quant_state=state, blocksize=_BLOCK,
-        compress_statistics=nested, quant_type=settings["quant_type"], quant_storage=storage, module=module,
-        bnb_quantized=True,
-    )  # fmt: skip
+    return weight  # type: ignore[no-any-return]
 
 
 def is_flash(kernel: str) -> bool:
@@ -256,7 +253,7 @@ def is_flash(kernel: str) -> bool:
 
 
 def build_inputs(model: PreTrainedModel, kernel: str, tokens: int, rows: int) -> dict[str, Any]:
-    """Return the inputs of the backbone: `rows` rows of equal length, with the borders of documents for FlashAttention."""
+    """Return the inputs of the backbone: equal rows, with the borders of documents for FlashAttention."""
     length = tokens // rows
     inputs: dict[str, Any] = {
         "input_ids": torch.zeros(rows, length, dtype=torch.long),

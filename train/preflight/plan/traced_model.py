@@ -244,7 +244,7 @@ def _fake_parameter(parameter: torch.nn.Parameter, module: Any) -> torch.nn.Para
         offset=torch.empty(()) if nested else None,
         state2=QuantState(torch.empty(-(-scales // 256)), code=torch.empty(256), blocksize=256) if nested else None,
     )  # fmt: skip
-    return weight  # type: ignore[no-any-return]
+    return weight
 
 
 def is_flash(kernel: str) -> bool:

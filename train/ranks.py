@@ -20,6 +20,27 @@ def deepspeed_launch_error(deepspeed: object, environment: Mapping[str, str]) ->
     )
 
 
+def parallelism_error(environment: Mapping[str, str]) -> str | None:
+    """Return an error if the launch divides sequences or weights in one of accelerate's ways; else None.
+
+    Sequence parallelism (`sp_size`): accelerate 1.15 gathers the batches of a group by their second dimension, which
+    packed rows' `cu_seq_lens` doesn't have. Context parallelism (`cp_size`) drops the masks that keep packed documents
+    apart (TRL refuses it with its own packing). Tensor parallelism (`tp_size`): the ranks of a group would be counted
+    as data parallel.
+    """
+    if environment.get("ACCELERATE_USE_PARALLELISM_CONFIG", "false").lower() != "true":
+        return None
+    sizes = {name: environment.get(f"PARALLELISM_CONFIG_{name}_SIZE", "1") for name in ("SP", "CP", "TP")}
+    used = [f"parallelism_config_{name.lower()}_size: {size}" for name, size in sizes.items() if size != "1"]
+    if not used:
+        return None
+    return (
+        f"{', '.join(used)} in the launch configuration: accelerate's sequence, context and tensor parallelism do not "
+        "support packed rows. Remove it there. To divide long sequences between GPUs, write `model.sequence_parallel` "
+        "in the recipe."
+    )
+
+
 def single_process_warning(environment: Mapping[str, str]) -> str | None:
     """Return a warning if `accelerate launch` was asked for several processes and started only this one; else None.
 

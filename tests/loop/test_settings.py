@@ -158,3 +158,21 @@ def test_negative_noise_is_an_error_of_the_recipe(
 ) -> None:
     error = refused("--recipe", recipe_file(training={"neftune_noise_alpha": alpha}), "--check")
     assert f"training.neftune_noise_alpha: found {alpha}" in error
+
+
+@pytest.mark.parametrize("mode", [[], ["--check"]], ids=["start", "check"])
+@pytest.mark.parametrize("size", ["SP", "CP", "TP"])
+def test_parallelism_of_the_launch_that_does_not_support_packed_rows_is_an_error(
+    size: str,
+    mode: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    recipe_file: Callable[..., Path],
+    refused: Callable[..., str],
+) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_PARALLELISM_CONFIG", "true")
+    monkeypatch.setenv(f"PARALLELISM_CONFIG_{size}_SIZE", "2")
+    monkeypatch.setenv("PARALLELISM_CONFIG_DP_SHARD_SIZE", "2")  # sharded data parallelism is supported
+    error = refused("--recipe", recipe_file(), *mode)
+    assert f"parallelism_config_{size.lower()}_size: 2 in the launch configuration" in error
+    assert "dp_shard" not in error
+    assert "write `model.sequence_parallel`" in error

@@ -10,7 +10,7 @@ from trl import SFTConfig
 
 from train.errors import UserError
 from train.loop.tracking import tracker_names
-from train.ranks import deepspeed_launch_error
+from train.ranks import deepspeed_launch_error, parallelism_error
 from train.recipe import Recipe
 
 
@@ -50,7 +50,7 @@ def training_arguments(recipe: Recipe, stop_tokens: Sequence[str] = ()) -> SFTCo
         raise UserError(
             "training.activation_offloading: this moves activations to the CPU, where they are already. Write false."
         )
-    if error := deepspeed_launch_error(settings.get("deepspeed"), os.environ):
+    if error := deepspeed_launch_error(settings.get("deepspeed"), os.environ) or parallelism_error(os.environ):
         raise UserError(error)
     with as_user_error("training"):
         arguments = SFTConfig(**settings)
@@ -62,6 +62,12 @@ def check_sharding(recipe: Recipe, arguments: SFTConfig) -> None:
     """Raise UserError for settings under which a save has no model, or a key of the recipe has no effect."""
     plugin = arguments.deepspeed_plugin
     deepspeed = plugin and plugin.hf_ds_config
+    for key in ("sequence_parallel_size", "tensor_parallel.autotp_size") if deepspeed is not None else ():
+        if (deepspeed.get_value(key) or 1) > 1:
+            raise UserError(
+                f"the DeepSpeed configuration has `{key}: {deepspeed.get_value(key)}`, which does not support packed "
+                "rows. Remove it. To divide long sequences between GPUs, write `model.sequence_parallel` in the recipe."
+            )
     if deepspeed is not None and deepspeed.is_zero3():
         key = "stage3_gather_16bit_weights_on_model_save"
         if not deepspeed.get_value(f"zero_optimization.{key}"):

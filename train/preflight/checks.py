@@ -11,7 +11,7 @@ from train.errors import UserError
 from train.loop.output_dir import output_dir_conflicts
 from train.loop.time_limit import time_conflicts
 from train.loop.tracking import tracker_names
-from train.ranks import deepspeed_launch_error
+from train.ranks import deepspeed_launch_error, parallelism_error
 from train.recipe import Recipe
 from train.recipe.sft_config import with_defaults
 
@@ -94,6 +94,8 @@ def _training(recipe: Recipe, sequences: int, processes: int) -> Iterator[str]:
             "training.per_device_train_batch_size."
         )
     if processes == 1 and (error := deepspeed_launch_error(settings["deepspeed"], os.environ)):
+        yield error
+    if error := parallelism_error(os.environ):
         yield error
     if settings["fsdp"] and processes == 1:
         yield "training.fsdp: it takes several processes, and this is one. Start them with `accelerate launch`."

@@ -62,7 +62,7 @@ OWNED: dict[str, str] = {
     "include_num_input_tokens_seen": "`num_tokens` in metrics.jsonl counts them: remove it",
     "local_rank": "the launcher sets it: remove it",
     "label_names": "labels are always called `labels`: remove it",
-    "parallelism_config": "it belongs in the accelerate configuration of the launch",
+    "parallelism_config": "write `model.sequence_parallel` to divide sequences between GPUs",
 }
 """Fields of SFTConfig that are set by another key of the recipe or the command line, with what to do instead."""
 

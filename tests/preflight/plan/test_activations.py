@@ -92,7 +92,7 @@ def llama_with_lora() -> ActivationTracer:
 def test_a_few_layers_stand_for_all(name: str, settings: dict[str, Any], adapter: AdapterSection | None) -> None:
     model = tracer(CONFIGS[name], adapter=adapter)
     traced = model.trace_all_layers(**settings, tokens=8_192)
-    assert model.activations(**settings, tokens=8_192, longest=8_192) == pytest.approx(traced, rel=1e-6)
+    assert tuple(model.activations(**settings, tokens=8_192, longest=8_192)) == pytest.approx(tuple(traced), rel=1e-6)
 
 
 @pytest.mark.parametrize("tokens", [6_000, 40_960])
@@ -187,7 +187,7 @@ def test_adapters_in_bfloat16_keep_less_than_in_float32() -> None:
         llama_with_lora().activations(**BF16, checkpointing="none", tokens=8_192, longest=8_192, adapter=adapter)
         for adapter in ("float32", "bfloat16")
     )
-    assert narrow.kept < 0.7 * wide.kept
+    assert narrow.kept < 0.8 * wide.kept
 
 
 def test_a_frozen_4_bit_layer_keeps_no_input() -> None:

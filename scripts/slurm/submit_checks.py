@@ -103,11 +103,11 @@ def memory_warning(options: argparse.Namespace, config: dict[str, Any], tasks: l
             job_memory.parse_gpu_names(options.gpu_names, options.gpus),
             job_memory.read_strategy(config, recipe),
         )
-        shape = job_memory.dense_architecture(recipe) if gpus and strategy else None
-        if gpus is None or strategy is None or shape is None:
+        candidates = job_memory.open_candidates(recipe) if gpus and strategy else None
+        if gpus is None or strategy is None or candidates is None:
             continue
         cluster = parse_cluster(gpus, options.nodes)
-        if warning := job_memory.memory_warning(recipe, shape, cluster, strategy, str(options.config)):
+        if warning := job_memory.memory_warning(candidates, cluster, strategy, str(options.config)):
             return warning
     return None
 
@@ -127,10 +127,10 @@ def run_data_check(options: argparse.Namespace, task: Task) -> int:
 
     The report goes to standard error, because --print uses standard output.
     """
-    from train.preflight.plan.job_memory import dense_architecture, parse_gpu_names
+    from train.preflight.plan.job_memory import open_candidates, parse_gpu_names
 
     gpus = parse_gpu_names(options.gpu_names, options.gpus)
     command = [sys.executable, str(ROOT / "train" / "sft.py"), "--recipe", str(options.recipe), "--check"]
     command += resume_options(options.resume_anyway)
-    command += ["--gpus", gpus, "--nodes", str(options.nodes)] if gpus and dense_architecture(task.recipe) else []
+    command += ["--gpus", gpus, "--nodes", str(options.nodes)] if gpus and open_candidates(task.recipe) else []
     return subprocess.run([*command, *task.overrides], stdout=sys.stderr, check=False).returncode

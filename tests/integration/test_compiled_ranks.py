@@ -28,24 +28,29 @@ def counted_sft(*arguments: str) -> int:
 
 
 @pytest.fixture(scope="module")
-def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_rows(tmp_path_factory.mktemp("rows") / "rows.jsonl", 32, seed=5)
-
-
-@pytest.fixture
-def train(tiny_model: Path, rows: Path, tmp_path: Path) -> Callable[..., tuple[Path, list]]:
-    """Return a function that trains two steps with a configuration, and returns the folder and the first rank's graphs."""
+def train(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[Path, list]]:
+    """Return a function that trains two steps with a configuration: the run's folder, and the first rank's graphs."""
+    root = tmp_path_factory.mktemp("runs")
+    rows = write_rows(root / "rows.jsonl", 32, seed=5)
 
     def run(config: str | None, name: str, **training: object) -> tuple[Path, list]:
-        folder = tmp_path / name
+        folder = root / name
         settings = {"max_steps": 2, "save_steps": 2, "eval_strategy": "steps", "eval_steps": 1, **training}
         settings |= {"gradient_accumulation_steps": 2, "gradient_checkpointing": True}
         data = {"validation": [{"path": str(rows)}]}
-        recipe = write_recipe(tmp_path / f"{name}.yaml", tiny_model, rows, folder, data=data, training=settings)
-        launched = launch(2, config, "--recipe", recipe, logs=tmp_path / f"{name}-logs", job=counted_sft).succeeded()
+        recipe = write_recipe(root / f"{name}.yaml", tiny_model, rows, folder, data=data, training=settings)
+        launched = launch(2, config, "--recipe", recipe, logs=root / f"{name}-logs", job=counted_sft).succeeded()
         return folder, json.loads(launched.output[0].partition("GRAPHS ")[2])
 
     return run
+
+
+@pytest.fixture(scope="module")
+def plain(train: Callable[..., tuple[Path, list]]) -> Path:
+    """Train without compilation."""
+    folder, graphs = train(None, "plain")
+    assert graphs == [0, []]
+    return folder
 
 
 def figures(run: Path) -> list[dict[str, float]]:
@@ -53,13 +58,15 @@ def figures(run: Path) -> list[dict[str, float]]:
     return [{name: line[name] for name in FIGURES if name in line} for line in lines]
 
 
-@pytest.mark.parametrize("config", [None, "zero3.yaml"])
-def test_compiled_ranks_train_as_others_do(train: Callable[..., tuple[Path, list]], config: str | None) -> None:
-    plain, graphs = train(config, "plain")
-    assert graphs == [0, []]
-    compiled, (graphs, breaks) = train(config, "compiled", torch_compile=True, torch_compile_backend="eager")
+@pytest.mark.parametrize("config", [None, "zero2.yaml", "zero3.yaml", "fsdp2.yaml"])
+def test_compiled_ranks_train_as_others_do(
+    train: Callable[..., tuple[Path, list]], plain: Path, config: str | None
+) -> None:
+    compiled, (graphs, breaks) = train(config, f"compiled-{config}", torch_compile=True, torch_compile_backend="eager")
     assert graphs > 0
-    assert not breaks
+    # DeepSpeed's hooks are not traced. Under ZeRO-3 every module has one, so that a layer is several graphs.
+    assert all("DeepSpeed" in reason or "instrument_w_nvtx" in reason for reason in breaks)
+    assert bool(breaks) == (config == "zero3.yaml")
     assert {name for line in figures(plain) for name in line} == set(FIGURES)
     for line, right in zip(figures(compiled), figures(plain), strict=True):
         assert line == pytest.approx(right, rel=1e-4, abs=1e-5)

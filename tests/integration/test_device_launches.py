@@ -1,7 +1,7 @@
 """Every launch configuration on one device, as users start it: losses of a plain process, a save and a resume.
 
 On a GPU `accelerate launch` starts one process with NCCL for each configuration, all at the same time. On a CPU, where
-other tests train on several ranks, two configurations run by the fork server of ranks.py.
+other tests train on several ranks, one configuration is run by the fork server of ranks.py.
 """
 
 import json
@@ -25,7 +25,7 @@ pytest.importorskip("deepspeed")
 
 STEPS, SAVED_AT = 4, 2
 PINNED = "zero3_offload.yaml"
-ON_CPU = ("zero3.yaml", "fsdp2.yaml")
+ON_CPU = ("zero3.yaml",)
 ON_GPU = ("ddp.yaml", "zero1.yaml", "zero2.yaml", "zero3.yaml", PINNED, "fsdp2.yaml")
 CONFIGS = ON_GPU if HAS_GPU else ON_CPU
 ROUNDING = 1e-4
@@ -70,7 +70,7 @@ def recipe_of(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Cal
 
     def write(name: str) -> tuple[Path, Path]:
         training = {"max_steps": STEPS, "save_steps": SAVED_AT, "gradient_accumulation_steps": 2}
-        training |= {"optim": "adamw_torch"}
+        training |= {"optim": "adamw_torch", "adam_epsilon": 1e-3}  # test_sharded_training.py explains the epsilon
         folder = root / name
         recipe = write_recipe(root / f"{name}.yaml", tiny_model, rows, folder / "run", data={}, training=training)
         folder.mkdir(exist_ok=True)

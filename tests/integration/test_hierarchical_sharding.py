@@ -120,3 +120,13 @@ def test_hsdp_gathers_weights_within_nodes_only(trained: Callable[[str], Trained
     assert hierarchical.norms == pytest.approx(plain.norms, rel=1e-6)
     assert plain.gathered.keys() == {str(RANKS)}
     assert hierarchical.gathered.keys() == {str(NODE)}
+
+
+def test_a_node_that_does_not_divide_the_ranks_is_an_error(recipe_file: Callable[..., Path], tmp_path: Path) -> None:
+    config = with_small_nodes("zero3_hpz_multinode.yaml", tmp_path)
+    outcome = launch(3, str(config), "--recipe", recipe_file(), logs=tmp_path / "logs")
+    assert outcome.exit_codes == [2, 2, 2]
+    assert (
+        "".join(outcome.output).count("`zero_optimization.zero_hpz_partition_size: 2`, which doesn't divide the 3 ")
+        == 1
+    )

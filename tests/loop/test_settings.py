@@ -176,3 +176,15 @@ def test_parallelism_of_the_launch_that_does_not_support_packed_rows_is_an_error
     assert f"parallelism_config_{size.lower()}_size: 2 in the launch configuration" in error
     assert "dp_shard" not in error
     assert "write `model.sequence_parallel`" in error
+
+
+@pytest.mark.parametrize("mode", [[], ["--check"]], ids=["start", "check"])
+def test_replicas_of_shards_must_be_all_processes(
+    mode: list[str], monkeypatch: pytest.MonkeyPatch, recipe_file: Callable[..., Path], refused: Callable[..., str]
+) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_PARALLELISM_CONFIG", "true")
+    monkeypatch.setenv("PARALLELISM_CONFIG_DP_REPLICATE_SIZE", "2")
+    monkeypatch.setenv("PARALLELISM_CONFIG_DP_SHARD_SIZE", "8")
+    error = refused("--recipe", recipe_file(), *mode)
+    assert "dp_replicate_size: 2 x parallelism_config_dp_shard_size: 8 in the launch configuration" in error
+    assert "the number of processes (1). Write the number of nodes" in error

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
+from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 from trl import SFTConfig
 
 from train.errors import UserError
@@ -74,8 +75,9 @@ def training_arguments(recipe: Recipe, stop_tokens: Sequence[str] = ()) -> SFTCo
 def save_timeout(recipe: Recipe) -> int:
     """Return the seconds that ranks wait for each other: as long as the files of a checkpoint may take to be written.
 
-    While the first rank writes the model, all others wait in the default process group (`CheckpointWriter`), whose
-    timeout this is. A rank that hangs is noticed after the same time.
+    While the first rank writes the model, or deletes an older checkpoint, all others wait in the default process group
+    (`CheckpointWriter`), whose timeout this is. The groups of DeepSpeed and of FSDP's meshes have NCCL's 10 minutes.
+    A rank that hangs is noticed after the same time.
 
     The bytes are those of the weights and, per parameter, of a float32 master weight and two moments: 988 GB for a 70B
     in bfloat16. An adapter's are few. DEEPSPEED_TIMEOUT has no effect, as accelerate starts the group before DeepSpeed.
@@ -102,6 +104,13 @@ def check_sharding(recipe: Recipe, arguments: SFTConfig) -> None:
             raise UserError(
                 f"the DeepSpeed configuration lacks `zero_optimization.{key}: true`, so a save would hold DeepSpeed's "
                 "partitions and no model. Add it, or launch with accelerate_configs/zero3.yaml."
+            )
+        key = "zero_hpz_partition_size"
+        nodes_share = min(deepspeed.get_value(f"zero_optimization.{key}") or 1, world_size())
+        if world_size() % nodes_share:
+            raise UserError(
+                f"the DeepSpeed configuration has `zero_optimization.{key}: {nodes_share}`, which doesn't divide the "
+                f"{world_size()} processes. Write the number of GPUs of a node."
             )
         selective = (arguments.gradient_checkpointing_kwargs or {}).get("selective")
         if recipe.adapter is not None and arguments.gradient_checkpointing and selective:
@@ -136,3 +145,14 @@ def _check_storage(recipe: Recipe) -> None:
             f"quantization.bnb_4bit_quant_storage: {storage} differs from model.dtype: {dtype}. ZeRO-3 and FSDP need "
             f"weights of one type. Write the same type for both, and for bnb_4bit_compute_dtype."
         )
+
+
+@contextmanager
+def without_zero3(arguments: SFTConfig) -> Iterator[None]:
+    """Keep transformers from partitioning, under ZeRO-3, a model that has no weights."""
+    unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        if plugin := arguments.deepspeed_plugin:  # training.deepspeed makes one without dschf
+            set_hf_deepspeed_config(getattr(plugin, "dschf", plugin.hf_ds_config))

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,18 +15,18 @@ from transformers import (
     PrinterCallback,
     TrainerCallback,
 )
-from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 from trl import SFTConfig
 
 from train.data.dataset import PackedDataset, PaddedDataset
 from train.data.prepared_data import PreparedData
 from train.errors import UserError
-from train.loop.arguments import as_user_error
+from train.loop.arguments import as_user_error, without_zero3
 from train.loop.batch_info import BATCH_INFO, BatchInfo, CountingCollator
 from train.loop.checkpoint.manifest import read_checkpoint
 from train.loop.checkpoint.weights import check_savable
 from train.loop.checkpointing import CheckpointingTrainer
+from train.loop.compilation import compile_layers
 from train.loop.fsdp import gather_output_layer
 from train.loop.guards.anomalies import Guards
 from train.loop.guards.packing_isolation import PackingIsolationTest
@@ -96,7 +95,7 @@ class JanusTrainer(CheckpointingTrainer):
                 f"training.dataloader_drop_last: the {rows:,} sequences are fewer than the {batch:,} of one batch on "
                 "all processes, so all of them would be dropped. Write false, or lower per_device_train_batch_size."
             )
-        with _without_zero3(arguments):
+        with without_zero3(arguments):
             shape = _find_shape(recipe, model)
             idle = find_idle_parameters(build_meta_model(model.config, recipe.model))
         arguments.padding_free = recipe.data.packing or takes_borders(model)
@@ -199,16 +198,10 @@ class JanusTrainer(CheckpointingTrainer):
         return super().get_batch_samples(self._throughput.time_batches(epoch_iterator), *args, **kwargs)
 
     def _build_accelerator_args(self, **kwargs: Any) -> dict[str, Any]:
-        """Return the accelerator's arguments; training.torch_compile compiles the layers, which share their code.
-
-        accelerate's `use_regional_compilation`: three to four times faster to compile than the whole model, without a
-        graph break. `accelerate launch` sets ACCELERATE_DYNAMO_USE_DYNAMIC=False, under which each pack of another
-        length would be compiled anew; None, torch's own default, compiles twice.
-        """
+        """Return the accelerator's arguments; training.torch_compile compiles the layers."""
         arguments = super()._build_accelerator_args(**kwargs)
         if self.args.torch_compile:
-            plugin = arguments["dynamo_plugin"]
-            plugin.use_regional_compilation, plugin.dynamic = True, None
+            compile_layers(arguments["dynamo_plugin"])
         return arguments
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -397,14 +390,3 @@ def _find_shape(recipe: Recipe, model: PreTrainedModel) -> Architecture | None:
         return inspect_architecture(recipe, model.config)
     except UserError:
         return None
-
-
-@contextmanager
-def _without_zero3(arguments: SFTConfig) -> Iterator[None]:
-    """Keep transformers from partitioning, under ZeRO-3, a model that has no weights."""
-    unset_hf_deepspeed_config()
-    try:
-        yield
-    finally:
-        if plugin := arguments.deepspeed_plugin:  # training.deepspeed makes one without dschf
-            set_hf_deepspeed_config(getattr(plugin, "dschf", plugin.hf_ds_config))

@@ -164,7 +164,8 @@ class DataSection(Section):
     overlong: Literal["error", "drop", "truncate"] = "error"
     """Handling of rows longer than `max_length`. Dropped and truncated rows are counted and reported."""
     packing: bool = True
-    """Pack several rows into one sequence of `max_length` tokens; attention does not cross rows."""
+    """Pack several rows into one sequence of `max_length` tokens; attention does not cross rows. false = a sequence
+    is a row; FlashAttention and torch_varlen join the rows of a batch without padding, other kernels pad them."""
     repack: bool = True
     """Pack other rows together in each epoch, as shuffling would; the number of sequences stays the same."""
     on_bad_row: Literal["error", "skip"] = "error"

@@ -28,7 +28,8 @@ _QUANTIZED_BLOCK, _SCALES_BLOCK = 64, 256
 """bitsandbytes: weights that share a scale, and scales that share one under double quantization."""
 
 
-class Strategy(NamedTuple):
+@dataclass(frozen=True)
+class Strategy:
     """A way to distribute a run over GPUs. `stage`: of ZeRO, 0 = a copy on each; `offload`: to the host's memory."""
 
     name: str
@@ -103,11 +104,8 @@ class Memory:
     host: int
 
 
-def estimate_memory(
-    shape: Architecture, strategy: Strategy, settings: StateSettings, activations: Activations
-) -> Memory:
-    """Return all parts of a run under `strategy`."""
-    states = count_state_bytes(shape, strategy, settings)
+def sum_memory(strategy: Strategy, states: StateBytes, activations: Activations) -> Memory:
+    """Return all parts of a run under `strategy`, and their total."""
     permanent = states.parameters + states.gradients + states.optimizer + states.communication
     return Memory(
         strategy=strategy.name,

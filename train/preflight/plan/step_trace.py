@@ -17,7 +17,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from train.model.attention.torch_varlen import find_torch_kernel
+from train.model.attention.torch_varlen import KERNEL
 from train.preflight.plan.fused_head import FusedHeadAllocations
 
 _BLOCK = 512
@@ -44,7 +44,6 @@ class AllocationLog(TorchDispatchMode):
         self.segments: list[Segment] = []
         self._storages: dict[int, weakref.ref[Any]] = {}
         self._live = 0
-        self._backward = find_torch_kernel()
         for tensor in existing:
             self._watch(tensor, 0)
 
@@ -91,7 +90,7 @@ class AllocationLog(TorchDispatchMode):
         The gradient of the queries is summed in float32, a float32 is kept for each head and token, and with fewer key
         heads there is a gradient of keys and values for each query head. FlashAttention 3 needs less of the last.
         """
-        if self._backward is None or func is not self._backward[1]:
+        if KERNEL is None or func is not KERNEL.backward:
             return 0
         query, key = (kwargs[name] if name in kwargs else args[place] for place, name in ((1, "query"), (2, "key")))
         tokens, heads, size = query.shape

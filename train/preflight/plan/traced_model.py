@@ -237,14 +237,14 @@ def _fake_parameter(parameter: torch.nn.Parameter, module: Any) -> torch.nn.Para
     storage, nested = settings["quant_storage"], settings["compress_statistics"]
     scales = -(-shape.numel() // _BLOCK)
     packed = torch.empty((-(-shape.numel() // (2 * storage.itemsize)), 1), dtype=storage)
+    inner = QuantState(torch.empty(-(-scales // 256)), code=torch.empty(256), blocksize=256, dtype=torch.float32)
     weight: Any = torch.nn.Parameter(packed, requires_grad=False)
     weight.quant_state = QuantState(
         torch.empty(scales, dtype=torch.uint8 if nested else torch.float32), shape=shape, code=torch.empty(16),
         blocksize=_BLOCK, quant_type=settings["quant_type"], dtype=module.compute_dtype,
-        offset=torch.empty(()) if nested else None,
-        state2=QuantState(torch.empty(-(-scales // 256)), code=torch.empty(256), blocksize=256) if nested else None,
+        offset=torch.empty(()) if nested else None, state2=inner if nested else None,
     )  # fmt: skip
-    return weight  # type: ignore[no-any-return]
+    return weight
 
 
 def is_flash(kernel: str) -> bool:

@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from train.data.loss_mask import NOT_TRAINED
+from train.loop.sequence_slice import slice_batch
 
 BATCH_INFO = "batch_info"
 """Key of a batch's BatchInfo, which is removed before the model sees the batch."""
@@ -17,23 +18,46 @@ BATCH_INFO = "batch_info"
 class BatchInfo:
     """Contents of a batch of one process.
 
-    `sequences`: indices in the data set. `documents`: tokens of each document, in order of the sequences.
-    `trained_tokens`: tokens that have a loss.
+    - `sequences`: indices in the data set.
+    - `documents`: tokens of each document, in order of the sequences.
+    - `trained_tokens`: tokens that have a loss on this process.
+    - `first_token`: position of this process's first token in the batch; above 0 only where processes share it, which
+      all have the same `sequences` and `documents`.
     """
 
     sequences: tuple[int, ...]
     documents: NDArray[np.int64]
     trained_tokens: int
+    first_token: int = 0
+
+    @property
+    def tokens(self) -> int:
+        """Return the tokens of the batch; 0 where another process counts them."""
+        return 0 if self.first_token else int(self.documents.sum())
 
 
 class CountingCollator:
-    """A collator that adds a BatchInfo to each batch."""
+    """A collator that adds a BatchInfo to each batch, and cuts it for a group of processes that share it."""
 
-    def __init__(self, collate: Callable[[list[dict[str, Any]]], dict[str, Any]]) -> None:
-        self._collate = collate
+    def __init__(
+        self, collate: Callable[[list[dict[str, Any]]], dict[str, Any]], *, rank: int = 0, ranks: int = 1
+    ) -> None:
+        """`collate`: the collator to wrap. `rank`: number of this process among the `ranks` that share a batch."""
+        self._collate, self._rank, self._ranks = collate, rank, ranks
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
-        """Return the batch of the wrapped collator, with a BatchInfo under BATCH_INFO."""
+        """Return the batch of the wrapped collator or this process's slice of it, with a BatchInfo under BATCH_INFO."""
+        batch = self.collate_whole(examples)
+        if self._ranks == 1:
+            return batch
+        info: BatchInfo = batch.pop(BATCH_INFO)
+        part = slice_batch(batch, self._rank, self._ranks)
+        trained = int((part["shift_labels"] != NOT_TRAINED).sum())
+        first_token = self._rank * part["input_ids"].shape[1]
+        return {**part, BATCH_INFO: BatchInfo(info.sequences, info.documents, trained, first_token)}
+
+    def collate_whole(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        """Return the complete batch with its BatchInfo."""
         documents = np.concatenate([example.get("seq_lengths") or [len(example["input_ids"])] for example in examples])
         trained = np.concatenate([example["labels"] for example in examples]) != NOT_TRAINED
         trained[np.cumsum(documents) - documents] = False  # a document's first token has no prediction target

@@ -20,10 +20,14 @@ def linear_tokens(config: PreTrainedConfig) -> float:
 class BalancedSampler(Sampler[int]):
     """Indices of `PackedDataset` for all ranks, epoch by epoch; accelerate distributes them."""
 
-    def __init__(self, sequences: PackedDataset, arguments: SFTConfig, config: PreTrainedConfig) -> None:
-        """Begin at epoch 0. `config`: the model's, whose size decides the cost of attention."""
+    def __init__(self, sequences: PackedDataset, arguments: SFTConfig, config: PreTrainedConfig, *, ranks: int) -> None:
+        """Begin at epoch 0.
+
+        - `config`: the model's, whose size decides the cost of attention;
+        - `ranks`: ranks, or groups of ranks, that take sequences of their own.
+        """
         self._sequences, self._linear_tokens, self._seed = sequences, linear_tokens(config), arguments.seed
-        self._ranks, self._batch = arguments.world_size, arguments.train_batch_size
+        self._ranks, self._batch = ranks, arguments.train_batch_size
         self._accumulation = arguments.gradient_accumulation_steps
         self._epoch = 0
 
@@ -55,6 +59,31 @@ class BalancedSampler(Sampler[int]):
     def _costs(self) -> list[float]:
         plan = self._sequences.plan_of(self._epoch)
         return attention_cost(self._sequences.lengths, plan, self._linear_tokens).tolist()
+
+
+class RepeatedBatches(Sampler[int]):
+    """The batches of another sampler, each as often as ranks share its sequences (sequence parallelism).
+
+    order            a b | c d | e           batches of two
+    repeated         a b | a b | c d | c d | e a | e a | b c | b c       two ranks for each, in two groups
+
+    accelerate (BatchSamplerShard) gives consecutive batches to consecutive ranks. The last micro step is filled from
+    the front of the order, as accelerate would, or left out.
+    """
+
+    def __init__(self, sampler: Sampler[int], *, batch: int, groups: int, copies: int, drop_last: bool) -> None:
+        """`batch`: sequences of a rank. `groups` of `copies` ranks each take another batch."""
+        self._sampler, self._batch, self._copies, self._drop_last = sampler, batch, copies, drop_last
+        self._together = groups * batch
+
+    def __len__(self) -> int:
+        sequences = len(self._sampler)  # type: ignore[arg-type]
+        steps = sequences // self._together if self._drop_last else -(-sequences // self._together)
+        return steps * self._together * self._copies
+
+    def __iter__(self) -> Iterator[int]:
+        order = np.resize(np.fromiter(self._sampler, np.int64), len(self) // self._copies)
+        return iter(order.reshape(-1, self._batch).repeat(self._copies, axis=0).ravel().tolist())
 
 
 def attention_cost(lengths: ArrayLike, plan: PackingPlan, linear_tokens: float) -> NDArray[np.float64]:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from torch.distributed.tensor import DTensor
-from torch.utils.data import Sampler
+from torch.utils.data import Sampler, SequentialSampler
 from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -34,12 +34,15 @@ from train.loop.loss import FUSED_LOSSES, LossSums, fused_loss
 from train.loop.metrics_log import StepLog
 from train.loop.preemption import Preemption
 from train.loop.preemption_callback import EvaluationStoppedError, PreemptionCallback
-from train.loop.sampler import BalancedSampler
+from train.loop.sampler import BalancedSampler, RepeatedBatches
+from train.loop.sequence_slice import make_group
 from train.loop.throughput import Throughput
 from train.model.adapters import check_adapter, lora_config
+from train.model.attention.sequence_parallel import GROUP
 from train.model.architecture import Architecture, inspect_architecture
 from train.model.text_part import build_meta_model, find_idle_parameters, freeze
 from train.recipe import Recipe
+from train.recipe.schedule import data_parallel
 from train.system_gain.evaluator import ValidationGain
 from train.system_gain.variants import VariantRows
 
@@ -87,7 +90,8 @@ class JanusTrainer(CheckpointingTrainer):
 
         Raises UserError for settings that TRL or peft refuses, or that leave nothing to train.
         """
-        rows, batch = len(data.train.dataset), arguments.train_batch_size * arguments.world_size
+        self._groups = data_parallel(arguments.world_size, recipe.model.sequence_parallel)
+        rows, batch = len(data.train.dataset), arguments.train_batch_size * self._groups
         if arguments.dataloader_drop_last and rows < batch:
             raise UserError(
                 f"training.dataloader_drop_last: the {rows:,} sequences are fewer than the {batch:,} of one batch on "
@@ -111,10 +115,18 @@ class JanusTrainer(CheckpointingTrainer):
                 callbacks=callbacks,
             )
         self.train_dataset = data.train.dataset
+        self.sequence_group = group = make_group(recipe.model.sequence_parallel)
+        if group and self._needs_logits():
+            raise UserError(
+                "model.sequence_parallel: this loss (of a router, or of all logits) needs all tokens of a sequence. "
+                "Write 1, or `training.router_aux_loss_coef: 0.0`."
+            )
         # Losses that TRL computes are transformers' means of batches: one without labels would have no mean.
-        eval_batch = 1 if self._needs_logits() else arguments.eval_batch_size * arguments.world_size
+        eval_batch = 1 if self._needs_logits() else arguments.eval_batch_size * self._groups
         self.eval_dataset = PaddedDataset(data.validation.dataset, eval_batch) if data.validation else None
-        self.data_collator = CountingCollator(self.data_collator)
+        self.data_collator = CountingCollator(
+            self.data_collator, rank=group.rank() if group else 0, ranks=recipe.model.sequence_parallel
+        )
         self._preemption = preemption or Preemption(recipe.output_dir, recipe.save)
         self._throughput = Throughput(self.accelerator, shape)
         self._gain = ValidationGain(recipe, gain.rows, arguments.per_device_eval_batch_size) if gain else None
@@ -152,9 +164,23 @@ class JanusTrainer(CheckpointingTrainer):
     def _get_train_sampler(self, train_dataset: PackedDataset | None = None) -> Sampler[int] | None:
         """Return our order in place of a random one."""
         if self.args.train_sampling_strategy != "random":
-            return super()._get_train_sampler(train_dataset)
-        self.sampler = BalancedSampler(train_dataset or self.train_dataset, self.args, self.model.config)
-        return self.sampler
+            return self._share(super()._get_train_sampler(train_dataset), self.args.train_batch_size)
+        sequences = train_dataset or self.train_dataset
+        self.sampler = BalancedSampler(sequences, self.args, self.model.config, ranks=self._groups)
+        return self._share(self.sampler, self.args.train_batch_size)
+
+    def _get_eval_sampler(self, eval_dataset: Any) -> Sampler[int] | None:
+        """Return transformers' order."""
+        if self.sequence_group is None:
+            return super()._get_eval_sampler(eval_dataset)
+        return self._share(SequentialSampler(eval_dataset), self.args.eval_batch_size)
+
+    def _share(self, sampler: Sampler[int] | None, batch: int) -> Sampler[int] | None:
+        """Return a sampler that gives each batch to all processes that share it."""
+        if self.sequence_group is None or sampler is None:
+            return sampler
+        copies, drop_last = self.sequence_group.size(), self.args.dataloader_drop_last
+        return RepeatedBatches(sampler, batch=batch, groups=self._groups, copies=copies, drop_last=drop_last)
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         """Train an epoch. accelerate doesn't tell the sampler its number if several processes resume within one."""
@@ -166,6 +192,11 @@ class JanusTrainer(CheckpointingTrainer):
         """Return transformers' optimizer. Raises UserError for settings that it refuses only here."""
         with as_user_error(f"training.optim: {self.args.optim.value} (optim_args: {self.args.optim_args})"):
             return super().create_optimizer(*args, **kwargs)
+
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """Return the inputs on the device; slices of a sequence with the group that shares it."""
+        prepared = super()._prepare_inputs(inputs)
+        return {**prepared, GROUP: self.sequence_group} if "shift_labels" in prepared else prepared
 
     def _set_signature_columns_if_needed(self) -> None:
         """Let the data set's `sequence` through to the collator."""
@@ -229,7 +260,7 @@ class JanusTrainer(CheckpointingTrainer):
         )
 
     def _count(self, batch: BatchInfo, sums: LossSums | None) -> None:
-        self._tokens_since_saved += int(batch.documents.sum())
+        self._tokens_since_saved += batch.tokens
         self._throughput.add(batch, sums)
 
     def _get_grad_norm(self, model: torch.nn.Module, grad_norm: torch.Tensor | None = None) -> torch.Tensor | float:

@@ -22,7 +22,7 @@ from train.model.unloaded_weights import read_weight_names
 from train.recipe import QuantizationSection, Recipe
 from train.storage.checksum import hash_files
 
-_VERSION = 1
+_VERSION = 2
 """Raise it when a check of the model, the optimizer, the schedule or the side files changes."""
 _PACKAGES = (
     "torch", "transformers", "trl", "peft", "accelerate", "safetensors", "tokenizers", "bitsandbytes", "torchao",

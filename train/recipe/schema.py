@@ -62,6 +62,11 @@ class ModelSection(Section):
     (the start screen names it, and why faster ones were not selected). torch_varlen = FlashAttention with the kernels
     that torch ships; flash_attention_N require the packages flash-attn-4, flash-attn-3 (built from source) or
     flash-attn; sdpa and eager compute attention across documents and mask it."""
+    sequence_parallel: int = Field(default=1, ge=1)
+    """GPUs that share each sequence, for sequences too long for one (DeepSpeed-Ulysses, arXiv:2309.14509). Each GPU
+    holds the activations of its part of the tokens, and computes attention over all tokens for its part of the heads:
+    the number must divide the GPUs and the attention heads. The loss is that of one GPU, up to rounding. Requires
+    `data.packing`."""
     float8: Literal["tensorwise", "rowwise", "rowwise_with_gw_hp"] | None = None
     """Matrix multiplication in float8 by one of torchao's recipes; null = in the type of the weights. Applies to all
     linear layers but the first and the last whose sizes are multiples of 16; weights, gradients and checkpoints keep

@@ -151,10 +151,12 @@ class Guards:
         documents: list[tuple[float, BatchInfo, int]] = []
         for batch, losses, has_loss in self._batches:
             values, counts = losses.double().cpu().numpy(), has_loss.cpu().numpy()
-            ends = np.cumsum(batch.documents)
+            ends = np.cumsum(batch.documents) - batch.first_token
             for number, (end, length) in enumerate(zip(ends, batch.documents, strict=True)):
                 packed = len(values) < len(batch.documents)  # into one row; a document's first token has no loss
-                part = (0, slice(end - length, end - 1)) if packed else (number, slice(None))
+                part = (0, slice(max(end - length, 0), max(end - 1, 0))) if packed else (number, slice(None))
+                if length > 1 and not values[part].size:  # its tokens are on other processes
+                    continue
                 documents.append((values[part].sum() / max(counts[part].sum(), 1), batch, number))
         broken = [document for document in documents if not math.isfinite(document[0])]
         if only_broken and broken:

@@ -38,8 +38,8 @@ from train.loop.sampler import BalancedSampler, RepeatedBatches
 from train.loop.sequence_slice import make_group
 from train.loop.throughput import Throughput
 from train.model.adapters import check_adapter, lora_config
-from train.model.attention.sequence_parallel import GROUP
 from train.model.architecture import Architecture, inspect_architecture
+from train.model.attention.sequence_parallel import GROUP
 from train.model.text_part import build_meta_model, find_idle_parameters, freeze
 from train.recipe import Recipe
 from train.recipe.schedule import data_parallel

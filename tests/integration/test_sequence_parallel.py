@@ -6,7 +6,7 @@ In float32 on CPU processes. Documents cross the borders between processes, and 
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest

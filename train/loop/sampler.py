@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from torch.distributed import ProcessGroup
 from torch.utils.data import Sampler
 from transformers import PreTrainedConfig
 from trl import SFTConfig
@@ -61,7 +62,7 @@ class BalancedSampler(Sampler[int]):
         return attention_cost(self._sequences.lengths, plan, self._linear_tokens).tolist()
 
 
-class RepeatedBatches(Sampler[int]):
+class SharedBatches(Sampler[int]):
     """The batches of another sampler, each as often as ranks share its sequences (sequence parallelism).
 
     order            a b | c d | e           batches of two
@@ -71,10 +72,11 @@ class RepeatedBatches(Sampler[int]):
     the front of the order, as accelerate would, or left out.
     """
 
-    def __init__(self, sampler: Sampler[int], *, batch: int, groups: int, copies: int, drop_last: bool) -> None:
-        """`batch`: sequences of a rank. `groups` of `copies` ranks each take another batch."""
-        self._sampler, self._batch, self._copies, self._drop_last = sampler, batch, copies, drop_last
-        self._together = groups * batch
+    def __init__(self, sampler: Sampler[int], batch: int, group: ProcessGroup | None, arguments: SFTConfig) -> None:
+        """`batch`: sequences of a rank. `group`: the ranks that share them; None = this one alone."""
+        self._sampler, self._batch, self._drop_last = sampler, batch, arguments.dataloader_drop_last
+        self._copies = group.size() if group else 1
+        self._together = arguments.world_size // self._copies * batch
 
     def __len__(self) -> int:
         sequences = len(self._sampler)  # type: ignore[arg-type]

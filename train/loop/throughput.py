@@ -139,9 +139,9 @@ class Throughput(TrainerCallback):
 
     def add(self, batch: BatchInfo, sums: LossSums | None) -> None:
         """Count a micro-batch."""
-        if not batch.first_token:  # of processes that share a batch the first counts its documents
+        if batch.is_counted_here:
             self._documents.append(batch.documents)
-        self._trained_tokens += batch.trained_tokens
+            self._trained_tokens += batch.trained_tokens
         if sums is not None:
             self._sums = sums.plus(self._sums)
 

@@ -10,12 +10,7 @@ import torch
 from datasets import Dataset
 from torch.distributed.tensor import DTensor
 from torch.utils.data import Sampler, SequentialSampler
-from transformers import (
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    PrinterCallback,
-    TrainerCallback,
-)
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, TrainerCallback
 from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 from trl import SFTConfig
@@ -34,7 +29,7 @@ from train.loop.loss import FUSED_LOSSES, LossSums, fused_loss
 from train.loop.metrics_log import StepLog
 from train.loop.preemption import Preemption
 from train.loop.preemption_callback import EvaluationStoppedError, PreemptionCallback
-from train.loop.sampler import BalancedSampler, RepeatedBatches
+from train.loop.sampler import BalancedSampler, SharedBatches
 from train.loop.sequence_slice import make_group
 from train.loop.throughput import Throughput
 from train.model.adapters import check_adapter, lora_config
@@ -115,8 +110,8 @@ class JanusTrainer(CheckpointingTrainer):
                 callbacks=callbacks,
             )
         self.train_dataset = data.train.dataset
-        self.sequence_group = group = make_group(recipe.model.sequence_parallel)
-        if group and self._needs_logits():
+        self.sequence_group = make_group(recipe.model.sequence_parallel)
+        if self.sequence_group and self._needs_logits():
             raise UserError(
                 "model.sequence_parallel: this loss (of a router, or of all logits) needs all tokens of a sequence. "
                 "Write 1, or `training.router_aux_loss_coef: 0.0`."
@@ -124,9 +119,7 @@ class JanusTrainer(CheckpointingTrainer):
         # Losses that TRL computes are transformers' means of batches: one without labels would have no mean.
         eval_batch = 1 if self._needs_logits() else arguments.eval_batch_size * self._groups
         self.eval_dataset = PaddedDataset(data.validation.dataset, eval_batch) if data.validation else None
-        self.data_collator = CountingCollator(
-            self.data_collator, rank=group.rank() if group else 0, ranks=recipe.model.sequence_parallel
-        )
+        self.data_collator = CountingCollator(self.data_collator, self.sequence_group)
         self._preemption = preemption or Preemption(recipe.output_dir, recipe.save)
         self._throughput = Throughput(self.accelerator, shape)
         self._gain = ValidationGain(recipe, gain.rows, arguments.per_device_eval_batch_size) if gain else None
@@ -163,24 +156,19 @@ class JanusTrainer(CheckpointingTrainer):
 
     def _get_train_sampler(self, train_dataset: PackedDataset | None = None) -> Sampler[int] | None:
         """Return our order in place of a random one."""
-        if self.args.train_sampling_strategy != "random":
-            return self._share(super()._get_train_sampler(train_dataset), self.args.train_batch_size)
         sequences = train_dataset or self.train_dataset
-        self.sampler = BalancedSampler(sequences, self.args, self.model.config, ranks=self._groups)
-        return self._share(self.sampler, self.args.train_batch_size)
+        if self.args.train_sampling_strategy != "random":
+            sampler = super()._get_train_sampler(sequences)
+        else:
+            sampler = self.sampler = BalancedSampler(sequences, self.args, self.model.config, ranks=self._groups)
+        group = self.sequence_group
+        return SharedBatches(sampler, self.args.train_batch_size, group, self.args) if group else sampler
 
-    def _get_eval_sampler(self, eval_dataset: Any) -> Sampler[int] | None:
-        """Return transformers' order."""
-        if self.sequence_group is None:
-            return super()._get_eval_sampler(eval_dataset)
-        return self._share(SequentialSampler(eval_dataset), self.args.eval_batch_size)
-
-    def _share(self, sampler: Sampler[int] | None, batch: int) -> Sampler[int] | None:
-        """Return a sampler that gives each batch to all processes that share it."""
-        if self.sequence_group is None or sampler is None:
-            return sampler
-        copies, drop_last = self.sequence_group.size(), self.args.dataloader_drop_last
-        return RepeatedBatches(sampler, batch=batch, groups=self._groups, copies=copies, drop_last=drop_last)
+    def _get_eval_sampler(self, eval_dataset: PaddedDataset) -> Sampler[int] | None:
+        """Return transformers' order, which is the data set's."""
+        sampler, group = super()._get_eval_sampler(eval_dataset), self.sequence_group
+        sequential = sampler or SequentialSampler(eval_dataset)
+        return SharedBatches(sequential, self.args.eval_batch_size, group, self.args) if group else sampler
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         """Train an epoch. accelerate doesn't tell the sampler its number if several processes resume within one."""
@@ -238,8 +226,7 @@ class JanusTrainer(CheckpointingTrainer):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         with self._throughput.timed("forward"):
             outputs = model(**inputs, use_cache=False, fused_lm_head=True)
-            processes = self.accelerator.num_processes // self.get_tp_size()
-            loss, token_losses = fused_loss(outputs, self.args, num_items_in_batch, processes)
+            loss, token_losses = fused_loss(outputs, self.args, num_items_in_batch, self.accelerator.num_processes)
         sums = LossSums.from_outputs(outputs)
         if self.model.training:
             self._count(batch, sums)
@@ -250,17 +237,15 @@ class JanusTrainer(CheckpointingTrainer):
 
     def _needs_logits(self) -> bool:
         """Return whether the loss needs more than the probabilities of the labels."""
-        parallelism = self.accelerator.parallelism_config
         return (
             self.aux_loss_enabled
             or self.label_smoother is not None
             or self.compute_loss_func is not None
             or self.args.loss_type not in FUSED_LOSSES
-            or (parallelism is not None and parallelism.sp_enabled)
         )
 
     def _count(self, batch: BatchInfo, sums: LossSums | None) -> None:
-        self._tokens_since_saved += batch.tokens
+        self._tokens_since_saved += int(batch.documents.sum()) if batch.is_counted_here else 0
         self._throughput.add(batch, sums)
 
     def _get_grad_norm(self, model: torch.nn.Module, grad_norm: torch.Tensor | None = None) -> torch.Tensor | float:
@@ -276,7 +261,7 @@ class JanusTrainer(CheckpointingTrainer):
             norm = math.nan
         self.grad_norm = norm
         scaled = self.accelerator.mixed_precision == "fp16"  # overflows are normal until the scale is found
-        loss_sum = self._guards.loss_sum()
+        loss_sum = self._guards.loss_sum(self.sequence_group)
         judged = self.accelerator.reduce(loss_sum) if scaled else torch.as_tensor(norm, device=loss_sum.device)
         requested = self.accelerator.reduce(
             torch.tensor(float(self._preemption.is_requested()), device=loss_sum.device)

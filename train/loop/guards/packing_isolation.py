@@ -137,15 +137,17 @@ def _token_losses(trainer: SFTTrainer, documents: list[list[int]], *, whole: boo
     """
     tokens = [token for document in documents for token in document]
     lengths = [len(document) for document in documents]
-    collate = trainer.data_collator.collate_whole if whole else trainer.data_collator
+    collate, group = trainer.data_collator, trainer.sequence_group
+    if group is not None and whole:
+        collate, group = collate.collate_whole, None
     batch = collate([{"input_ids": tokens, "labels": tokens, "seq_lengths": lengths, "sequence": 0}])
     inputs = trainer._prepare_inputs(batch)  # as in training, where it could add a mask
     inputs.pop(BATCH_INFO, None)
     with trainer.compute_loss_context_manager():
         outputs = trainer.model_wrapped(**inputs, use_cache=False, fused_lm_head=True)  # as TRL's compute_loss does
     log_probs = outputs.log_probs
-    if trainer.sequence_group is not None and not whole:
-        log_probs = gather_slices(log_probs, trainer.sequence_group)
+    if group is not None:
+        log_probs = gather_slices(log_probs, group)
     losses = -log_probs[0].double().cpu()
     starts = itertools.accumulate(lengths, initial=0)
     return [losses[start : start + length - 1] for start, length in zip(starts, lengths, strict=False)]

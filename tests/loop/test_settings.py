@@ -85,6 +85,30 @@ FAULTS = {
         {"adapter": {"r": 2, "modules_to_save": ["lm_head", "embed_token"]}},
         ["adapter.modules_to_save", "'embed_token'", "embed_tokens", "lm_head", "q_proj"],
     ),
+    "heads that processes can't share": (
+        {"model": {"sequence_parallel": 3}},
+        ["model.sequence_parallel: 3 does not divide the 4 attention heads", "Allowed: 1, 2, 4."],
+    ),
+    "processes that can't share sequences": (
+        {"model": {"sequence_parallel": 2}},
+        ["model.sequence_parallel: 2 does not divide the 1 process", "--num_processes"],
+    ),
+    "a kernel that can't share sequences": (
+        {"model": {"sequence_parallel": 2, "attention": "eager"}},
+        ["model.sequence_parallel does not support the attention kernel eager"],
+    ),
+    "padded rows that can't be divided": (
+        {"model": {"sequence_parallel": 2}, "data": {"packing": False}},
+        ["model.sequence_parallel: ", "`data.packing: true`"],
+    ),
+    "noise that depends on a sequence's length": (
+        {"model": {"sequence_parallel": 2}, "training": {"neftune_noise_alpha": 5.0}},
+        ["model.sequence_parallel: ", "training.neftune_noise_alpha"],
+    ),
+    "a loss of all logits": (
+        {"model": {"sequence_parallel": 2}, "training": {"label_smoothing_factor": 0.1}},
+        ["model.sequence_parallel: ", "training.label_smoothing_factor"],
+    ),
     "a kernel that can't train here": ({"model": {"attention": "flex_attention"}}, ["model.attention", "CUDA"]),
 }
 

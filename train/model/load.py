@@ -88,8 +88,8 @@ def check_model(recipe: Recipe) -> CheckedModel:
     idle = find_idle_parameters(bare)
     check_adapter(recipe.adapter, bare, idle)
     needs = attention_needs(recipe, config)
-    choose_attention(recipe.model.attention, needs, machine())
-    check_sequence_parallel(recipe, bare, needs)
+    attention = choose_attention(recipe.model.attention, needs, machine())
+    check_sequence_parallel(recipe, bare, needs, attention.kernel)
     text = config.get_text_config()
     positions = getattr(text, "max_position_embeddings", None)
     if positions and recipe.data.max_length > positions:

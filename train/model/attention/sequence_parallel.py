@@ -76,18 +76,17 @@ def register(kernel: str) -> None:
 
     Raises UserError for a kernel whose masks the model makes itself, of the tokens that it sees.
     """
-    if kernel in ("eager", "flex_attention"):
-        raise UserError(
-            f"model.sequence_parallel does not support the attention kernel {kernel}, whose masks are made from all "
-            "tokens of a sequence. Install a FlashAttention that supports this model, or write 1."
-        )
+    _refuse_kernel(kernel)
     registered = AttentionInterface()[kernel]
     if not isinstance(registered, UlyssesAttention):
         AttentionInterface.register(kernel, UlyssesAttention(kernel, registered))
 
 
-def check_sequence_parallel(recipe: Recipe, model: PreTrainedModel, needs: Needs) -> None:
-    """Raise UserError if the sequences of `model` can't be divided as the recipe says; it may be without weights."""
+def check_sequence_parallel(recipe: Recipe, model: PreTrainedModel, needs: Needs, kernel: str) -> None:
+    """Raise UserError if the sequences of `model` can't be divided as the recipe says; it may be without weights.
+
+    `needs`, `kernel`: as selected for its attention.
+    """
     size, text = recipe.model.sequence_parallel, model.config.get_text_config()
     if size == 1:
         return
@@ -103,6 +102,15 @@ def check_sequence_parallel(recipe: Recipe, model: PreTrainedModel, needs: Needs
     if heads % size:
         allowed = ", ".join(str(divisor) for divisor in range(1, heads + 1) if heads % divisor == 0)
         raise UserError(f"{key} does not divide the {heads} attention heads of {name}. Allowed: {allowed}.")
+    _refuse_kernel(kernel)
+
+
+def _refuse_kernel(kernel: str) -> None:
+    if kernel in ("eager", "flex_attention"):
+        raise UserError(
+            f"model.sequence_parallel does not support the attention kernel {kernel}, whose mask is made from the "
+            "tokens of one process. Install a FlashAttention that supports this model, or write 1."
+        )
 
 
 def shared_heads(heads: int, key_heads: int, size: int) -> int:

@@ -1,8 +1,13 @@
 """Bytes that a forward and backward pass hold: activations, and TRL's fused output layer."""
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
-from train.model.architecture import Architecture
+from transformers import PreTrainedConfig
+
+from train.model.architecture import Architecture, inspect_architecture
+from train.recipe import Recipe
+
+Checkpointing = Literal["none", "selective", "full"]
 
 TOKEN_CHUNK, VOCABULARY_CHUNK = 4_096, 32_768
 """Size of TRL's tiles of logits: TOKEN_CHUNK_SIZE in trl/kernels/chunked_logprob.py and _CHUNKED_LOGPROB_CHUNK_SIZE in
@@ -35,6 +40,38 @@ class Activations(NamedTuple):
     def peak(self) -> int:
         """Maximum over time: the head's memory is free again when the backward of the first layer begins."""
         return self.kept + max(self.working, self.head)
+
+
+class ActivationTracer:
+    """Activations of a run's micro-batches on one GPU, under the settings that a plan compares. It remembers each."""
+
+    def __init__(self, recipe: Recipe, config: PreTrainedConfig) -> None:
+        self._recipe = recipe
+        self._config = config
+        self._shape: Architecture | None = None
+
+    def activations(
+        self, *, weights: str, autocast: bool, checkpointing: Checkpointing, tokens: int, longest: int
+    ) -> Activations:
+        """Return the bytes of one micro-batch.
+
+        - `weights`: dtype that the weights have in the forward pass ("bfloat16", "float16" or "float32");
+        - `autocast`: matrix products compute in bfloat16;
+        - `checkpointing`: none, selective (TRL's) or full;
+        - `tokens`: of the micro-batch, all of its sequences together;
+        - `longest`: tokens of the longest sequence in it.
+        """
+        if self._shape is None:
+            self._shape = inspect_architecture(self._recipe, self._config)
+        itemsize = 4 if weights == "float32" else 2
+        return estimate_activations(
+            self._shape,
+            tokens,
+            Precision(itemsize, 2 if autocast else itemsize),
+            checkpointing=checkpointing == "full",
+            adapter_dropout=bool(self._recipe.adapter and self._recipe.adapter.lora_dropout),
+            squared_length=longest if self._recipe.model.attention == "eager" else 0,
+        )
 
 
 def layer_bytes(shape: Architecture, precision: Precision, squared_length: int = 0) -> int:

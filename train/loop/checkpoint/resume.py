@@ -166,7 +166,8 @@ def keep_sequences_per_step(recipe: Recipe, checkpoint: Checkpoint, anyway: Sequ
     sequences from the front until each process has one. Results are not bit-identical: sums are added in another
     order, and dropout draws other numbers.
 
-    Raises UserError if that is impossible, or if the recipe changes the sequences per step on the same processes.
+    Raises UserError if that is impossible, or if the recipe changes the sequences per step although as many processes
+    share them in the same way.
     """
     before, processes_before = checkpoint.manifest["sequences_per_step"], checkpoint.manifest["processes"]
     now = sequences_per_step(recipe, processes)
@@ -184,7 +185,7 @@ def keep_sequences_per_step(recipe: Recipe, checkpoint: Checkpoint, anyway: Sequ
         return recipe
     batch_size = get_value({f"training.{key}": value for key, value in recipe.training.items()}, _BATCH_SIZE)
     accumulation, rest = divmod(before, batch_size * data_parallel(processes, sharing))
-    shared = f", {sharing} for each sequence," if sharing > 1 else ""
+    shared, shared_before = (f" ({size} for each sequence)" if size > 1 else "" for size in (sharing, sharing_before))
     if rest:
         raise UserError(
             f"--resume: the run of {checkpoint.folder} had {before} sequences a step ({processes_before} processes), "
@@ -193,8 +194,8 @@ def keep_sequences_per_step(recipe: Recipe, checkpoint: Checkpoint, anyway: Sequ
         )
     if is_first_rank():
         print(
-            f"{processes} processes{shared} instead of {processes_before}: training.gradient_accumulation_steps is "
-            f"{accumulation}, so that a step has {before} sequences as before",
+            f"{processes} processes{shared} instead of {processes_before}{shared_before}: "
+            f"training.gradient_accumulation_steps is {accumulation}, so that a step has {before} sequences as before",
             flush=True,
         )
     training = {**recipe.training, "gradient_accumulation_steps": accumulation}

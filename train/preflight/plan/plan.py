@@ -81,6 +81,7 @@ def plan_run(
     settings = with_defaults(recipe.training)
     optimizer = optimizer_name(recipe)
     length = recipe.data.max_length if recipe.data.packing else int(documents.max(initial=0))
+    length = -(-length // recipe.model.sequence_parallel)  # of each GPU that shares a sequence
     strategies = list_strategies(cluster)
     candidates = [evaluate_candidate(recipe, shape, cluster, strategy, optimizer, length) for strategy in strategies]
     fitting = [(candidate.caution is not None, rank) for rank, candidate in enumerate(candidates) if candidate.fits]

@@ -200,3 +200,14 @@ def test_parallelism_of_the_launch_that_does_not_support_packed_rows_is_an_error
     assert f"parallelism_config_{size.lower()}_size: 2 in the launch configuration" in error
     assert "dp_shard" not in error
     assert "write `model.sequence_parallel`" in error
+
+
+def test_a_check_counts_the_steps_of_gpus_that_share_sequences(
+    recipe_file: Callable[..., Path], refused: Callable[..., str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = str(recipe_file(model={"sequence_parallel": 2}, training={"per_device_train_batch_size": 1}))
+    assert main(["--recipe", recipe, "--check", "--gpus", "6x80GB"]) == 0
+    page = " ".join(capsys.readouterr().out.split())
+    assert "; 6 processes, 2 for each sequence 3 sequences per step" in page
+    error = refused("--recipe", recipe, "--check", "--gpus", "5x80GB")
+    assert "model.sequence_parallel: 2 does not divide the 5 processes" in error

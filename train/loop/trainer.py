@@ -111,11 +111,6 @@ class JanusTrainer(CheckpointingTrainer):
             )
         self.train_dataset = data.train.dataset
         self.sequence_group = make_group(recipe.model.sequence_parallel)
-        if self.sequence_group and self._needs_logits():
-            raise UserError(
-                "model.sequence_parallel: this loss (of a router, or of all logits) needs all tokens of a sequence. "
-                "Write 1, or `training.router_aux_loss_coef: 0.0`."
-            )
         # Losses that TRL computes are transformers' means of batches: one without labels would have no mean.
         eval_batch = 1 if self._needs_logits() else arguments.eval_batch_size * self._groups
         self.eval_dataset = PaddedDataset(data.validation.dataset, eval_batch) if data.validation else None

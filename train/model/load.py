@@ -131,8 +131,6 @@ def load_model(recipe: Recipe) -> PreTrainedModel:
     check_float8_start(recipe)
     config = load_config(model)
     attention = select_attention(recipe, config)
-    if recipe.model.sequence_parallel > 1:
-        register(attention.kernel)
     settings: dict[str, Any] = {"attn_implementation": attention.kernel, "dtype": getattr(torch, model.dtype, "auto")}
     settings["use_safetensors"] = None if model.allow_pickle else True
     quantization = quantization_to_load(config)
@@ -154,6 +152,8 @@ def load_model(recipe: Recipe) -> PreTrainedModel:
             f"weights that are not part of {type(loaded).__name__} are neither loaded nor saved: {listed(others)}",
             flush=True,
         )
+    if model.sequence_parallel > 1:
+        register(loaded.config._attn_implementation)
     if model.float8 is not None:
         convert(loaded, model.float8)
     return loaded

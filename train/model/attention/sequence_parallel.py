@@ -51,20 +51,20 @@ class UlyssesAttention:
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Compute attention: [1, heads, tokens / P, size] -> [1, tokens / P, heads, value size].
 
-        Without a GROUP: as the kernel does. Raises ValueError for what can't be divided: attention sinks, and batches
-        of several rows.
+        Without a GROUP: as the kernel does. Raises UserError for attention sinks, which belong to heads.
         """
         group = kwargs.pop(GROUP, None)
         if group is None:
             return self.kernel(module, query, key, value, attention_mask, **kwargs)
-        if len(query) != 1 or kwargs.get("s_aux") is not None:
-            raise ValueError("model.sequence_parallel supports one row of packed documents, and no attention sinks.")
+        if kwargs.get("s_aux") is not None:
+            raise UserError("model.sequence_parallel does not support attention sinks, which this model has. Write 1.")
         kwargs.pop("position_ids", None)  # of this rank's tokens; the borders are those of all documents
         target = get_target_dtype(query, module)  # under autocast RoPE and norms in float32 return float32
         if target is not None:
             query, key, value = query.to(target), key.to(target), value.to(target)
         copies = shared_heads(query.shape[1], key.shape[1], group.size()) // key.shape[1]
-        key, value = key.repeat_interleave(copies, dim=1), value.repeat_interleave(copies, dim=1)
+        if copies > 1:
+            key, value = key.repeat_interleave(copies, dim=1), value.repeat_interleave(copies, dim=1)
         query, key, value = (tokens_to_heads(states, group) for states in (query, key, value))
         kernel = _masked_attention if self.name == "sdpa" else self.kernel
         output, _ = kernel(module, query, key, value, None, **kwargs)
@@ -97,6 +97,12 @@ def check_sequence_parallel(recipe: Recipe, model: PreTrainedModel, needs: Needs
     if others or model._is_stateful or not heads:
         kinds = f" ({', '.join(others)})" if others else ""
         raise UserError(f"{key} needs layers of attention, and {name} has others{kinds}. Write 1.")
+    router_loss = recipe.training.get("router_aux_loss_coef", getattr(text, "router_aux_loss_coef", None))
+    if hasattr(text, "output_router_logits") and router_loss != 0:
+        raise UserError(
+            f"{key}: the load-balancing loss of {name}'s router needs all tokens of a sequence. Write 1, or "
+            "`training.router_aux_loss_coef: 0.0`."
+        )
     if not needs.registered:
         raise UserError(f"{key} is not supported by the code of {name}. Write 1.")
     if heads % size:

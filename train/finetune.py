@@ -1,5 +1,6 @@
 """One training run, from the recipe to the saved model and its report."""
 
+import os
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -23,6 +24,7 @@ from train.loop.checkpoint.resume import (
 from train.loop.checkpoint.resumed_settings import ResumedSettings
 from train.loop.checkpoint.trainer_state import optimizer_distribution
 from train.loop.finished_run import inputs_fingerprint
+from train.loop.master_weights import Launch, master_weights_error, read_launch
 from train.loop.metrics_log import StepLog
 from train.loop.output_dir import claim_output_dir, lock_output_dir
 from train.loop.preemption import Preemption
@@ -51,9 +53,10 @@ def finetune(recipe: Recipe, checkpoint: Checkpoint | None = None, resume_anyway
     """
     # Check model, settings and template before the data is prepared.
     checked = examine_model(recipe)
-    _refuse([sharing_error(recipe, world_size())])
+    launch = read_launch(recipe.training, os.environ) or Launch()
+    _refuse([sharing_error(recipe, world_size()), master_weights_error(recipe, checked.dtype, launch)])
     if checkpoint:
-        ResumedSettings(checkpoint, recipe).refuse_under_deepspeed(checkpoint)
+        ResumedSettings(checkpoint, recipe).refuse_under_deepspeed(checkpoint, world_size())
     tokenizer, template, _ = load_chat_tokenizer(recipe.model, recipe.chat, get_run_date(checkpoint))
     check_vocabulary(tokenizer, recipe.model, checked.embeddings)
     check_float8_start(recipe)

@@ -21,7 +21,9 @@ def deepspeed_launch_error(deepspeed: object, environment: Mapping[str, str]) ->
 
 
 def parallelism_error(environment: Mapping[str, str]) -> str | None:
-    """Return an error if the launch divides sequences or weights in one of accelerate's ways; else None.
+    """Return an error if the launch divides sequences or weights in an unsupported way of accelerate's; else None.
+
+    Supported is sharded data parallelism (HSDP: `dp_replicate_size` groups of `dp_shard_size` ranks).
 
     Sequence parallelism (`sp_size`): accelerate 1.15 gathers the batches of a group by their second dimension, which
     packed rows' `cu_seq_lens` doesn't have. Context parallelism (`cp_size`) drops the masks that keep packed documents
@@ -33,7 +35,15 @@ def parallelism_error(environment: Mapping[str, str]) -> str | None:
     sizes = {name: environment.get(f"PARALLELISM_CONFIG_{name}_SIZE", "1") for name in ("SP", "CP", "TP")}
     used = [f"parallelism_config_{name.lower()}_size: {size}" for name, size in sizes.items() if size != "1"]
     if not used:
-        return None
+        names = [f"parallelism_config_dp_{part}_size" for part in ("replicate", "shard")]
+        replicas, shards = (int(environment.get(name.upper(), "1")) for name in names)
+        ranks = int(environment.get("WORLD_SIZE", "1"))
+        if replicas * shards == ranks:
+            return None
+        return (
+            f"{names[0]}: {replicas} x {names[1]}: {shards} in the launch configuration must be the number of "
+            f"processes ({ranks}). Write the number of nodes and the number of GPUs of a node."
+        )
     return (
         f"{', '.join(used)} in the launch configuration: accelerate's sequence, context and tensor parallelism do not "
         "support packed rows. Remove it there. To divide long sequences between GPUs, write `model.sequence_parallel` "
@@ -58,6 +68,11 @@ def single_process_warning(environment: Mapping[str, str]) -> str | None:
         "MULTI_CPU start a single process. For several, with or without GPUs: --config_file "
         "accelerate_configs/ddp.yaml --num_processes N."
     )
+
+
+def is_launched(environment: Mapping[str, str]) -> bool:
+    """Return whether `accelerate launch`, torchrun or an MPI started this process."""
+    return any(name in environment for name in ("ACCELERATE_MIXED_PRECISION", *_WORLD_SIZES))
 
 
 def is_first_rank() -> bool:

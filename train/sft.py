@@ -113,7 +113,7 @@ def run(options: argparse.Namespace) -> None:
             print(finished.message(width), flush=True)
         return
     check_model_folder(recipe.model, weights=not options.gpus)
-    checkpoint = find_checkpoint(options.resume, recipe, options.resume_anyway)
+    checkpoint = find_checkpoint(options.resume, recipe, options.resume_anyway, jointly=not options.check)
 
     # Heavy imports wait until the recipe is valid and everything that it names exists.
     if options.check:

@@ -182,6 +182,7 @@ class TrainingBench:
                 f"data.cache_dir={json.dumps(str(folder / 'cache'))}",
                 f"data.max_length={workload.max_length}",
                 "data.validation=null",
+                "model.allow_16bit_training=true",  # speed is measured, and TRL's weights are bfloat16 too
                 f"training.per_device_train_batch_size={workload.batch}",
                 "training.gradient_accumulation_steps=1",
                 f"training.max_steps={workload.warmup + workload.steps}",

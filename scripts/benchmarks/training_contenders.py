@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from train.errors import UserError
-from train.recipe import ModelSection, Recipe, load_recipe
+from train.recipe import AttentionName, Recipe, load_recipe
 
 RECIPES = {
     method: Path(__file__).parents[2] / "recipes" / "janus-7b" / "sft" / f"{method}.yaml" for method in ("full", "lora")
@@ -55,9 +55,7 @@ _CHECKPOINTING = {  # the kwargs of the recipe are removed: TRL refuses `selecti
     "none": ("training.gradient_checkpointing=false", "training.gradient_checkpointing_kwargs=null"),
 }
 _OVERRIDES: Mapping[str, Mapping[str, tuple[str, ...]]] = {
-    "attention": {
-        kernel: (f"model.attention={kernel}",) for kernel in get_args(ModelSection.model_fields["attention"].annotation)
-    },
+    "attention": {kernel: (f"model.attention={kernel}",) for kernel in get_args(AttentionName)},
     "checkpointing": _CHECKPOINTING,
     "liger": {"off": ("training.use_liger_kernel=false",), "on": ("training.use_liger_kernel=true",)},
     "compile": {"off": ("training.torch_compile=false",), "on": ("training.torch_compile=true",)},

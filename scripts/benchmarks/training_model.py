@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedTokenizerFast
@@ -20,12 +19,13 @@ from benchmarks.rows import lengths
 from benchmarks.training_contenders import KERNELS, Workload
 from train.data.chat.template import use_template
 from train.errors import UserError
-from train.model.architecture import inspect_architecture
 from train.model.attention.selection import AttentionChoice, select_attention
 from train.model.flops import peak_flops
 from train.model.load import disable_bars_in_logs
+from train.preflight.plan.candidates import Candidates
 from train.preflight.plan.cluster import Cluster
-from train.preflight.plan.plan import plan_run
+from train.preflight.plan.memory import DDP
+from train.preflight.plan.settings import written_settings
 from train.recipe import Recipe
 
 CHARACTERS_PER_TOKEN = 4.03
@@ -113,12 +113,12 @@ def probe_device(workload: Workload, recipe: Recipe) -> dict[str, Any]:
 
 def plan_memory(recipe: Recipe, workload: Workload, device: dict[str, Any]) -> dict[str, Any]:
     """Return the parameters, and under `foretold` the bytes that `--check --gpus` plans for one GPU, part by part."""
-    shape = inspect_architecture(recipe, model_config(workload))
-    cluster = Cluster(1, 1, "here", device["memory_bytes"] or 0, 1.0, assumed=False, mfu=1.0)
-    documents = np.array([sum(row) + PROMPT_TOKENS + ANSWER_TOKENS for row in row_lengths(workload)])
-    plan = plan_run(
-        recipe, shape, cluster, documents, steps=workload.steps, epochs=1, sequences_per_step=workload.batch
+    documents = [sum(row) + PROMPT_TOKENS + ANSWER_TOKENS for row in row_lengths(workload)]
+    candidates = Candidates(
+        recipe, model_config(workload), recipe.data.max_length if recipe.data.packing else max(documents)
     )
-    memory = vars(plan.candidates[0].memory)
+    cluster = Cluster(1, 1, "here", device["memory_bytes"] or 0, 1.0, assumed=False, mfu=1.0)
+    memory = vars(candidates.memory(written_settings(recipe, DDP), cluster))
+    shape = candidates.shape
     planned = {name: value for name, value in memory.items() if isinstance(value, int) and name != "host"}
     return {"parameters": shape.total, "trained_parameters": shape.trained, "foretold": planned}

@@ -43,6 +43,12 @@ if ends_at=$(date --date "${ends:-unknown}" +%s 2>/dev/null); then export SLURM_
 export MASTER_ADDR MASTER_PORT
 # Since Slurm 22.05 srun ignores --cpus-per-task, and would give one core to the processes of each node.
 if [ -n "${SLURM_CPUS_PER_TASK:-}" ]; then export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK; fi
+# Memory segments of PyTorch that can grow: packed batches differ in their largest tensors, and segments of a fixed size
+# leave holes that none fits into. PyTorch reads PYTORCH_CUDA_ALLOC_CONF first, so any setting of the user's stays. The
+# conflict is with registering PyTorch's buffers in NCCL (pytorch#165419), which nothing here does.
+if [ -z "${PYTORCH_ALLOC_CONF:-}${PYTORCH_CUDA_ALLOC_CONF:-}${PYTORCH_HIP_ALLOC_CONF:-}" ]; then
+    export PYTORCH_ALLOC_CONF=expandable_segments:True
+fi
 start_step=$(newest_step)
 say "job $job, restart $restarts of at most $max_restarts, on $SLURM_JOB_NODELIST until ${ends:-unknown}"
 say "first node $MASTER_ADDR, port $MASTER_PORT; output_dir $output_dir, newest complete checkpoint: step $start_step"

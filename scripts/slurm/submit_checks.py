@@ -38,7 +38,7 @@ def check_launch(options: argparse.Namespace) -> dict[str, Any]:
     return dict(config)
 
 
-def check_task(options: argparse.Namespace, task: Task) -> None:
+def check_task(options: argparse.Namespace, config: dict[str, Any], task: Task) -> None:
     """Check the time limit and the recipe of a task; its data is not read. Raises UserError."""
     if options.seconds <= (margin := task.recipe.save.seconds_before_end):
         raise UserError(
@@ -46,13 +46,14 @@ def check_task(options: argparse.Namespace, task: Task) -> None:
             "stop after its first step. Request more time, or lower save.seconds_before_end."
         )
     with redirect_stdout(sys.stderr):  # standard output is for the script
-        _check_recipe(task.recipe, options.nodes * max(options.gpus, 1), options.resume_anyway)
+        _check_recipe(task.recipe, config, options.nodes * max(options.gpus, 1), options.resume_anyway)
 
 
-def _check_recipe(recipe: Recipe, processes: int, resume_anyway: list[str]) -> None:
+def _check_recipe(recipe: Recipe, config: dict[str, Any], processes: int, resume_anyway: list[str]) -> None:
     check_files_exist(recipe)
     import torch
 
+    from train.loop.master_weights import master_weights_error, read_launch_configuration
     from train.loop.optimizer_test import check_optimizer
     from train.model.folder import check_model_folder
     from train.model.load import check_model
@@ -66,6 +67,9 @@ def _check_recipe(recipe: Recipe, processes: int, resume_anyway: list[str]) -> N
     # A login node has no GPU to test attention kernels on: the nodes test them before they load the model.
     any_attention = recipe.model.model_copy(update={"attention": "auto"})
     checked = check_model(recipe if torch.cuda.is_available() else recipe.model_copy(update={"model": any_attention}))
+    launch = read_launch_configuration(recipe.training, config)
+    if error := master_weights_error(recipe, checked.dtype, launch):
+        raise UserError(error)
     check_optimizer(recipe)
     check_vocabulary(load_chat_tokenizer(recipe.model, recipe.chat).tokenizer, recipe.model, checked.embeddings)
 
@@ -99,11 +103,11 @@ def memory_warning(options: argparse.Namespace, config: dict[str, Any], tasks: l
             job_memory.parse_gpu_names(options.gpu_names, options.gpus),
             job_memory.read_strategy(config, recipe),
         )
-        shape = job_memory.dense_architecture(recipe) if gpus and strategy else None
-        if gpus is None or strategy is None or shape is None:
+        candidates = job_memory.open_candidates(recipe) if gpus and strategy else None
+        if gpus is None or strategy is None or candidates is None:
             continue
         cluster = parse_cluster(gpus, options.nodes)
-        if warning := job_memory.memory_warning(recipe, shape, cluster, strategy, str(options.config)):
+        if warning := job_memory.memory_warning(candidates, cluster, strategy, str(options.config)):
             return warning
     return None
 
@@ -123,10 +127,10 @@ def run_data_check(options: argparse.Namespace, task: Task) -> int:
 
     The report goes to standard error, because --print uses standard output.
     """
-    from train.preflight.plan.job_memory import dense_architecture, parse_gpu_names
+    from train.preflight.plan.job_memory import open_candidates, parse_gpu_names
 
     gpus = parse_gpu_names(options.gpu_names, options.gpus)
     command = [sys.executable, str(ROOT / "train" / "sft.py"), "--recipe", str(options.recipe), "--check"]
     command += resume_options(options.resume_anyway)
-    command += ["--gpus", gpus, "--nodes", str(options.nodes)] if gpus and dense_architecture(task.recipe) else []
+    command += ["--gpus", gpus, "--nodes", str(options.nodes)] if gpus and open_candidates(task.recipe) else []
     return subprocess.run([*command, *task.overrides], stdout=sys.stderr, check=False).returncode

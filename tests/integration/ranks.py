@@ -79,7 +79,7 @@ def launch(
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED_MODULES)
-    environment = {**_environment(processes, config), "MASTER_PORT": str(_free_port())}
+    environment = {**_environment(processes, config), "MASTER_PORT": str(free_port())}
     logs.mkdir(parents=True, exist_ok=True)
     files = [logs / f"rank-{rank}.txt" for rank in range(processes)]
     ranks = []
@@ -116,6 +116,8 @@ def _run(job: Callable[..., int | None], arguments: list[str], environment: dict
         os.dup2(output.fileno(), 2)
     sys.argv = ["train/sft.py", *arguments]
     _leave_collectives_to_gloo()
+    if "ACCELERATE_USE_FSDP" in environment:
+        _shard_on_cpus()
     sys.exit(job(*arguments))
 
 
@@ -126,22 +128,40 @@ def _leave_collectives_to_gloo() -> None:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
+def _shard_on_cpus() -> None:
+    """Let accelerate use FSDP, which it ignores for ranks of the kind MULTI_CPU (`AcceleratorState.__init__`)."""
+    from accelerate.state import PartialState
+    from accelerate.utils import DistributedType
+
+    initialize = PartialState.__init__
+
+    def initialize_as_gpus(self: PartialState, *arguments: Any, **keywords: Any) -> None:
+        initialize(self, *arguments, **keywords)
+        if self.distributed_type == DistributedType.MULTI_CPU:
+            self.distributed_type = DistributedType.MULTI_GPU
+
+    PartialState.__init__ = initialize_as_gpus
+
+
 def _environment(processes: int, config: str | None) -> dict[str, str]:
-    """Return the environment that accelerate (DeepSpeed) and torchrun set for every rank."""
+    """Return the environment that accelerate (DeepSpeed, FSDP) and torchrun set for every rank."""
     from accelerate.commands.launch import _validate_launch_command, launch_command_parser
-    from accelerate.utils.launch import prepare_deepspeed_cmd_env
+    from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 
     environment = dict(os.environ) | SERVER_ENVIRONMENT
     if config is not None:
         line = ["--config_file", str(ROOT / "accelerate_configs" / config), "--num_processes", str(processes)]
         args: argparse.Namespace = launch_command_parser().parse_args([*line, "--main_process_port", "0", "sft.py"])
         args, defaults, _ = _validate_launch_command(args)
-        assert args.use_deepspeed
-        args.deepspeed_fields_from_accelerate_config = ",".join(
-            defaults.deepspeed_config
-        )  # as accelerate's own launcher
-        given: dict[str, Any] = prepare_deepspeed_cmd_env(args)[1]
-        environment |= {name: value for name, value in given.items() if name.startswith("ACCELERATE_")}
+        if args.use_deepspeed:
+            args.deepspeed_fields_from_accelerate_config = ",".join(
+                defaults.deepspeed_config
+            )  # as accelerate's own launcher
+            given: dict[str, Any] = prepare_deepspeed_cmd_env(args)[1]
+        else:
+            given = prepare_multi_gpu_env(args)
+        prefixes = ("ACCELERATE_", "FSDP_", "PARALLELISM_CONFIG_")
+        environment |= {name: value for name, value in given.items() if name.startswith(prefixes)}
     if processes > 1 or config is not None:
         environment |= {
             "RANK": "0",
@@ -153,7 +173,8 @@ def _environment(processes: int, config: str | None) -> dict[str, str]:
     return environment
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """Return a port that nothing listens at."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return free.getsockname()[1]

@@ -21,7 +21,7 @@ def test_both_processes_skip_the_step(
     recipe = recipe_file(
         model={
             "name_or_path": str(poison(tiny_model, tmp_path / "poisoned")),
-            "dtype": "bfloat16" if bf16 else "float32",
+            "dtype": "bfloat16" if bf16 and config else "float32",  # DDP keeps no float32 copies
         },
         data={"sources": [{"path": str(bad)}], "packing": False},
         training={"bf16": bf16, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 2},

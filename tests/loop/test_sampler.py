@@ -136,7 +136,7 @@ def test_ranks_that_share_sequences_get_the_batches_of_one(
     """accelerate gives each rank of a group what it gives one rank in its place."""
     arguments = SimpleNamespace(world_size=groups * copies, dataloader_drop_last=drop_last)
     order = [sequence * 7 % sequences for sequence in range(sequences)]
-    shared = SharedBatches(order, batch, SimpleNamespace(size=lambda: copies), arguments)
+    shared = SharedBatches(order, batch, copies, arguments)
     assert len(shared) == len(list(shared))
 
     def batches(sampler: object, ranks: int, rank: int) -> list[list[int]]:

@@ -97,10 +97,6 @@ FAULTS = {
         {"model": {"sequence_parallel": 2, "attention": "eager"}},
         ["model.sequence_parallel does not support the attention kernel eager"],
     ),
-    "padded rows that can't be divided": (
-        {"model": {"sequence_parallel": 2}, "data": {"packing": False}},
-        ["model.sequence_parallel: ", "`data.packing: true`"],
-    ),
     "noise that depends on a sequence's length": (
         {"model": {"sequence_parallel": 2}, "training": {"neftune_noise_alpha": 5.0}},
         ["model.sequence_parallel: ", "training.neftune_noise_alpha"],
@@ -211,3 +207,15 @@ def test_a_check_counts_the_steps_of_gpus_that_share_sequences(
     assert "; 6 processes, 2 for each sequence 3 sequences per step" in page
     error = refused("--recipe", recipe, "--check", "--gpus", "5x80GB")
     assert "model.sequence_parallel: 2 does not divide the 5 processes" in error
+
+
+@pytest.mark.parametrize("mode", [[], ["--check"]], ids=["start", "check"])
+def test_replicas_of_shards_must_be_all_processes(
+    mode: list[str], monkeypatch: pytest.MonkeyPatch, recipe_file: Callable[..., Path], refused: Callable[..., str]
+) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_PARALLELISM_CONFIG", "true")
+    monkeypatch.setenv("PARALLELISM_CONFIG_DP_REPLICATE_SIZE", "2")
+    monkeypatch.setenv("PARALLELISM_CONFIG_DP_SHARD_SIZE", "8")
+    error = refused("--recipe", recipe_file(), *mode)
+    assert "dp_replicate_size: 2 x parallelism_config_dp_shard_size: 8 in the launch configuration" in error
+    assert "the number of processes (1). Write the number of nodes" in error

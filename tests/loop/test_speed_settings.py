@@ -58,10 +58,24 @@ def test_activation_checkpointing_is_none_full_or_selective(make: Make) -> None:
     assert keeps == CheckpointPolicy.MUST_SAVE
 
 
-def test_torch_compile_compiles_the_model(make: Make) -> None:
+def test_the_launcher_compiles_the_complete_model(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As `accelerate launch --dynamo_backend eager --dynamo_use_dynamic` does; the recipe compiles layers."""
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "eager")
+    monkeypatch.setenv("ACCELERATE_DYNAMO_USE_DYNAMIC", "True")
+    trainer = make()
+    trainer.train()
+    assert isinstance(trainer.model_wrapped, torch._dynamo.eval_frame.OptimizedModule)
+
+
+def test_torch_compile_compiles_the_layers(make: Make) -> None:
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    make(torch_compile=True, torch_compile_backend="eager").train()
+    trainer = make(torch_compile=True, torch_compile_backend="eager")
+    trainer.train()
+    assert not isinstance(trainer.model_wrapped, torch._dynamo.eval_frame.OptimizedModule)
+    assert all(
+        isinstance(layer, torch._dynamo.eval_frame.OptimizedModule) for layer in trainer.model_wrapped.model.layers
+    )
     assert torch._dynamo.utils.counters["frames"]["ok"] > 0
 
 

@@ -12,9 +12,9 @@ from transformers import AutoModelForCausalLM
 from train.data.chat.template import use_template
 from train.data.prepare import prepare
 from train.data.prepared_data import PreparedData
-from train.loop.arguments import training_arguments
+from train.loop.arguments import training_arguments, without_zero3
 from train.loop.metrics_log import StepLog
-from train.loop.trainer import JanusTrainer, _without_zero3
+from train.loop.trainer import JanusTrainer
 from train.model.load import load_model
 from train.model.tokenizer import load_tokenizer
 from train.recipe import Recipe, load_recipe
@@ -187,7 +187,7 @@ def test_zero3_is_restored_after_a_model_without_weights() -> None:
     try:
         plugin = DeepSpeedPlugin(hf_ds_config=settings)
         assert not hasattr(plugin, "dschf")
-        with _without_zero3(SimpleNamespace(deepspeed_plugin=plugin)):
+        with without_zero3(SimpleNamespace(deepspeed_plugin=plugin)):
             assert not is_deepspeed_zero3_enabled()
         assert is_deepspeed_zero3_enabled()
     finally:

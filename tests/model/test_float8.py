@@ -236,7 +236,8 @@ def test_settings_that_work_with_float8(recipe_file: Callable[..., Path]) -> Non
 def float8_recipe(recipe_file: Callable[..., Path], name: str = "rowwise", **sections: dict) -> Path:
     # In weights of bfloat16: Float8Linear heeds CUDA's autocast alone, so on a CPU float32 would meet bfloat16.
     training = {"bf16": True, **sections.pop("training", {})}
-    return recipe_file(model={"float8": name, "dtype": "bfloat16"}, training=training, **sections)
+    model = {"float8": name, "dtype": "bfloat16", "allow_16bit_training": True}
+    return recipe_file(model=model, training=training, **sections)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a CUDA device")
@@ -390,10 +391,11 @@ def test_on_a_gpu(recipe_file: Callable[..., Path], tmp_path: Path, name: str) -
 
     losses = {}
     for run, settings in {
-        "bfloat16": {"model": {"dtype": "bfloat16"}},
-        "float8": {"model": {"dtype": "bfloat16", "float8": name}},
-        "compiled": {"model": {"dtype": "bfloat16", "float8": name}, "training": {"torch_compile": True}},
+        "bfloat16": {"model": {}},
+        "float8": {"model": {"float8": name}},
+        "compiled": {"model": {"float8": name}, "training": {"torch_compile": True}},
     }.items():
+        settings["model"] |= {"dtype": "bfloat16", "allow_16bit_training": True}
         training = {"bf16": True, **settings.pop("training", {})}
         path = recipe_file(**settings, training=training, output_dir=str(tmp_path / run))
         assert main(["--recipe", str(path)]) == 0

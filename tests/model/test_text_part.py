@@ -170,4 +170,4 @@ def test_plans_count_a_tower_in_memory_but_not_as_trained(recipe_file: Callable[
     unreached = without_gradient(model)
     assert shape.trained == sum(weight.numel() for name, weight in model.named_parameters() if name not in unreached)
     assert {parameter.name for parameter in shape.parameters if parameter.unused} == unreached
-    assert shape.layers == 2
+    assert len(shape.windows) == 2

@@ -2,34 +2,29 @@
 
 import re
 import shlex
-from collections.abc import Callable
-from functools import cache
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 import yaml
-from test_plan import shape_for
+from test_plan import candidates_for
 
-from train.model.architecture import Architecture
-from train.preflight.plan.candidates import evaluate_candidate, optimizer_name
 from train.preflight.plan.cluster import parse_cluster
 from train.preflight.plan.job_memory import memory_warning, parse_gpu_names, read_strategy
-from train.recipe import Recipe, load_recipe
+from train.preflight.plan.settings import written_settings
+from train.recipe import load_recipe
+from train.recipe.schedule import sequences_per_step
 
 ROOT = Path(__file__).parents[2]
 FULL = ROOT / "recipes/janus-llama-3-8b/sft/full.yaml"
 LLAMA_70B = "meta-llama/Llama-3.1-70B"
 
 
-@cache
-def shape(model: str | None) -> Architecture:
-    return shape_for(load_recipe(FULL), model)
-
-
-def warning(recipe: Recipe, gpus: str, nodes: int, config: str, model: str | None = None) -> str | None:
-    strategy = read_strategy(yaml.safe_load((ROOT / config).read_text(encoding="utf-8")), recipe)
+def warning(overrides: Sequence[str], gpus: str, nodes: int, config: str, model: str | None = None) -> str | None:
+    candidates = candidates_for(FULL, *overrides, model=model)
+    strategy = read_strategy(yaml.safe_load((ROOT / config).read_text(encoding="utf-8")), candidates.recipe)
     assert strategy is not None
-    return memory_warning(recipe, shape(model), parse_cluster(gpus, nodes), strategy, config)
+    return memory_warning(candidates, parse_cluster(gpus, nodes), strategy, config)
 
 
 @pytest.mark.parametrize(
@@ -47,38 +42,34 @@ def test_suggested_settings_fit(
 ) -> None:
     """Each suggestion is applied and planned again, without a warning."""
     monkeypatch.chdir(ROOT)
-    overrides = ["training.per_device_train_batch_size=1", f"training.optim={optimizer}"]
-    recipe = load_recipe(FULL, overrides)
-    message = warning(recipe, gpus, nodes, config, model)
+    overrides = [f"training.optim={optimizer}"]
+    message = warning(overrides, gpus, nodes, config, model)
     assert message is not None
-    cluster = parse_cluster(gpus, nodes)
-    strategy = read_strategy(yaml.safe_load((ROOT / config).read_text(encoding="utf-8")), recipe)
-    candidate = evaluate_candidate(
-        recipe, shape(model), cluster, strategy, optimizer_name(recipe), recipe.data.max_length
-    )
-    assert f"({config}) needs {candidate.memory.total / 2**30:,.1f} GiB on each of {cluster.processes} GPUs" in message
+    cluster, candidates = parse_cluster(gpus, nodes), candidates_for(FULL, *overrides, model=model)
+    strategy = read_strategy(yaml.safe_load((ROOT / config).read_text(encoding="utf-8")), candidates.recipe)
+    assert strategy is not None
+    total = candidates.memory(written_settings(candidates.recipe, strategy), cluster).total
+    assert f"({config}) needs {total / 2**30:,.1f} GiB on each of {cluster.processes} GPUs" in message
     assert f"and {cluster.memory * 0.92 / 2**30:,.1f} of their {cluster.memory / 2**30:,.0f} GiB can be used" in message
-    ways = re.search(r"What fits: (.*)\. Or write a smaller", message)
+    ways = re.search(r"What fits: (.*?)\.(?: More nodes|$)", message)
     assert ways
     for way in ways[1].split("; or "):
         words = shlex.split(way)
         options = dict(zip(words[::2], words[1::2], strict=False)) if words[0].startswith("--") else {}
-        changed = [word for word in words if word.startswith("training.")]
-        other = load_recipe(FULL, [*overrides, *changed])
+        changed = [word for word in words if word.startswith(("training.", "model."))]
         taken = int(options.get("--nodes", nodes)), options.get("--config", config)
-        assert warning(other, gpus, *taken, model) is None, way
+        assert warning([*overrides, *changed], gpus, *taken, model) is None, way
+        written, planned = load_recipe(FULL, overrides), load_recipe(FULL, [*overrides, *changed])
+        assert sequences_per_step(written, 8) == sequences_per_step(planned, 8)
 
 
 def test_a_job_that_fits_and_one_that_fits_nowhere(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
-    assert warning(load_recipe(FULL), "8xH100", 1, "accelerate_configs/zero3.yaml") is None
-    hopeless = load_recipe(FULL, ["training.per_device_train_batch_size=64"])
-    message = warning(hopeless, "8x24GB", 1, "accelerate_configs/zero3.yaml")
+    assert warning([], "8xH100", 1, "accelerate_configs/zero3.yaml") is None
+    message = warning([], "8x6GB", 1, "accelerate_configs/zero3.yaml")
     assert message is not None
     assert "What fits" not in message
-    assert message.endswith(
-        "Write a smaller training.per_device_train_batch_size or data.max_length, or train an adapter."
-    )
+    assert message.endswith("Write a smaller data.max_length, or train an adapter.")
 
 
 @pytest.mark.parametrize(
@@ -111,8 +102,9 @@ def test_the_strategy_is_read_from_the_launch_configuration(
         for path in (ROOT / "accelerate_configs").glob("*.yaml")
     }
     assert names == {
-        "cpu": "DDP", "single_gpu": "DDP", "ddp": "DDP", "fsdp2": None, "zero1": "ZeRO-1", "zero2": "ZeRO-2",
-        "zero3": "ZeRO-3", "zero3_multinode": "ZeRO-3", "zero3_offload": "ZeRO-3 offload",
+        "cpu": "DDP", "single_gpu": "DDP", "ddp": "DDP", "fsdp2": None, "hsdp_multinode": None, "zero1": "ZeRO-1",
+        "zero2": "ZeRO-2", "zero3": "ZeRO-3", "zero3_hpz_multinode": "ZeRO-3", "zero3_multinode": "ZeRO-3",
+        "zero3_offload": "ZeRO-3 offload",
     }  # fmt: skip
     inline = {"distributed_type": "DEEPSPEED", "deepspeed_config": {"zero_stage": 3, "offload_param_device": "cpu"}}
     assert read_strategy(inline, recipe).name == "ZeRO-3 offload"

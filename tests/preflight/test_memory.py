@@ -1,4 +1,4 @@
-"""Bytes and FLOPs of the plan against PyTorch's own: saved tensors, optimizers' states, counted FLOPs."""
+"""Bytes and FLOPs of the plan against PyTorch's own: optimizers' states, counted FLOPs."""
 
 from collections.abc import Callable
 from itertools import product
@@ -10,18 +10,10 @@ import numpy as np
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, Phi3Config, PreTrainedConfig, Qwen2Config
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PreTrainedConfig
 
 from train.model.architecture import Architecture, inspect_architecture
 from train.model.flops import count_training_flops
-from train.preflight.plan.activations import (
-    TOKEN_CHUNK,
-    VOCABULARY_CHUNK,
-    Precision,
-    estimate_activations,
-    head_bytes,
-    layer_bytes,
-)
 from train.preflight.plan.memory import DDP, STRATEGIES, StateSettings, count_state_bytes
 from train.preflight.plan.optimizer_states import Tensor, state_bytes
 from train.recipe import AdapterSection, QuantizationSection, load_recipe
@@ -42,85 +34,6 @@ def shape(config: PreTrainedConfig, dtype: str = "bfloat16", **sections: Any) ->
     return inspect_architecture(
         SimpleNamespace(model=model, **{"adapter": None, "quantization": None} | sections), config
     )  # type: ignore[arg-type]
-
-
-def kept_bytes(config: PreTrainedConfig, dtype: torch.dtype, *, autocast: bool, tokens: int) -> int:
-    """Return the bytes of the storages that autograd saves in a forward pass, each once, without the weights."""
-    model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa").model
-    weights = {tensor.untyped_storage().data_ptr() for tensor in model.parameters()}
-    saved: dict[int, torch.Tensor] = {}
-
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        if tensor.untyped_storage().data_ptr() not in weights:
-            saved[tensor.untyped_storage().data_ptr()] = tensor
-        return tensor
-
-    hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
-    with hooks, torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        ids = torch.zeros(1, tokens, dtype=torch.long)
-        model(input_ids=ids, use_cache=False, position_ids=torch.arange(tokens)[None])
-    return sum(tensor.untyped_storage().nbytes() for tensor in saved.values())
-
-
-PRECISIONS = [(torch.bfloat16, False), (torch.float32, True), (torch.float32, False)]
-
-
-@pytest.mark.parametrize("kind", [LlamaConfig, Qwen2Config])
-@pytest.mark.parametrize(("dtype", "autocast"), PRECISIONS)
-@pytest.mark.parametrize("key_value_heads", [4, 2])
-def test_a_layer_keeps_what_autograd_keeps(
-    kind: type[PreTrainedConfig], dtype: torch.dtype, autocast: bool, key_value_heads: int
-) -> None:
-    tokens, sizes = 48, SIZES | {"num_key_value_heads": key_value_heads}
-    two, four = (
-        kept_bytes(kind(**sizes | {"num_hidden_layers": layers}), dtype, autocast=autocast, tokens=tokens)
-        for layers in (2, 4)
-    )
-    architecture = shape(kind(**sizes), str(dtype).removeprefix("torch."))
-    weights = dtype.itemsize
-    compute = 2 if autocast else weights
-    casts = 0
-    if autocast:  # bfloat16 copies of a layer's matrices
-        head = 16
-        matrices = 64 * 64 * 2 + 2 * 64 * key_value_heads * head + 3 * 64 * 176
-        biases = (64 + 2 * key_value_heads * head) if kind is Qwen2Config else 0
-        casts = 2 * (matrices + biases)
-    measured = (four - two) / 2 - casts
-    assert measured == pytest.approx(layer_bytes(architecture, Precision(weights, compute)) * tokens, rel=0.03)
-    if kind is LlamaConfig:
-        assert measured == layer_bytes(architecture, Precision(weights, compute)) * tokens
-
-
-def test_a_layer_with_fused_matrices_keeps_somewhat_more() -> None:
-    config = SIZES | {"num_key_value_heads": 2, "original_max_position_embeddings": 4096}
-    two, four = (
-        kept_bytes(Phi3Config(**config | {"num_hidden_layers": layers}), torch.bfloat16, autocast=False, tokens=48)
-        for layers in (2, 4)
-    )
-    assert (four - two) / 2 == pytest.approx(layer_bytes(shape(Phi3Config(**config)), Precision(2, 2)) * 48, rel=0.15)
-
-
-def test_checkpointing_keeps_the_input_of_each_layer() -> None:
-    architecture = shape(LlamaConfig(**SIZES, num_key_value_heads=4))
-    on, off = (estimate_activations(architecture, 100, Precision(2, 2), checkpointing=on) for on in (True, False))
-    assert on.kept == 100 * 64 * 2 * (2 + 2)
-    assert off.kept - 100 * 64 * 2 * 2 == 2 * 100 * layer_bytes(architecture, Precision(2, 2))
-    assert on.working > off.working
-
-
-def test_the_tiles_of_the_head_are_those_of_trl() -> None:
-    from trl.kernels import chunked_logprob
-    from trl.trainer import utils
-
-    assert (TOKEN_CHUNK, VOCABULARY_CHUNK) == (chunked_logprob.TOKEN_CHUNK_SIZE, utils._CHUNKED_LOGPROB_CHUNK_SIZE)
-
-
-def test_the_head_holds_no_logits_but_a_tile() -> None:
-    """Llama-3's head on 16,384 tokens in bfloat16: logits would be 4.2 GB, and the loss's float32 copies twice that."""
-    architecture = shape(LlamaConfig(vocab_size=128_256, hidden_size=4_096, num_hidden_layers=1))
-    tile = 4_096 * 32_768 * 2
-    by_hand = tile + 16_384 * 4_096 * 6 + 16_384 * 28 + 128_256 * 4_096 * 6
-    assert head_bytes(architecture, 16_384, Precision(2, 2)) == by_hand
 
 
 OPTIMIZERS = [

@@ -4,29 +4,34 @@ import json
 import re
 import shlex
 import shutil
+import subprocess
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from transformers import AutoConfig
+from transformers import AutoConfig, PreTrainedConfig
 from trl.trainer.utils import get_peak_flops
 
 from train.errors import UserError
 from train.model.architecture import Architecture, inspect_architecture
-from train.model.flops import PEAK_FLOPS
+from train.model.flops import PEAK_FLOPS, Flops
 from train.model.load import load_config
-from train.preflight.plan.candidates import evaluate_candidate
-from train.preflight.plan.cluster import RESERVE, parse_cluster
+from train.preflight.plan.candidates import Candidates, Workload
+from train.preflight.plan.cluster import parse_cluster
 from train.preflight.plan.description import describe_plan
 from train.preflight.plan.memory import STRATEGIES
 from train.preflight.plan.plan import RunPlan, plan_run
+from train.preflight.plan.settings import written_settings
+from train.preflight.plan.speed import HARDWARE
 from train.recipe import Recipe, load_recipe
 from train.sft import main
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "tests" / "model_configs"
+JANUS = ROOT / "recipes/janus-7b/sft/full.yaml"
 RECIPES = sorted(path for path in ROOT.glob("recipes/*/sft/*.yaml") if "smollm2" not in str(path))
 PUBLISHED = {  # parameters that the hub counts in the safetensors files, in thousand millions
     "mistral-community/Mistral-7B-v0.2": 7.24,
@@ -41,24 +46,33 @@ PUBLISHED = {  # parameters that the hub counts in the safetensors files, in tho
 JANUS_ROWS = np.full(196_998, 1_000)  # an epoch: 751 steps of 32 sequences of 8,192 tokens, eight rows in each
 
 
-def shape_for(recipe: Recipe, name: str | None = None) -> Architecture:
+def config_for(recipe: Recipe, name: str | None = None) -> PreTrainedConfig:
     name = (name or recipe.model.name_or_path).rpartition("/")[2].lower()
-    return inspect_architecture(recipe, AutoConfig.from_pretrained(CONFIGS / f"{name}.json"))
+    return AutoConfig.from_pretrained(CONFIGS / f"{name}.json")
 
 
-def plan_of(recipe: Recipe, gpus: str, nodes: int = 1, model: str | None = None) -> RunPlan:
-    shape = shape_for(recipe, model)
-    return plan_run(recipe, shape, parse_cluster(gpus, nodes), JANUS_ROWS, steps=3_004, epochs=4, sequences_per_step=32)
+def shape_for(recipe: Recipe, name: str | None = None) -> Architecture:
+    return inspect_architecture(recipe, config_for(recipe, name))
+
+
+@cache
+def candidates_for(path: Path, *overrides: str, model: str | None = None) -> Candidates:
+    """Return the candidates of a recipe; those that differ in `training` alone share their traces."""
+    recipe = load_recipe(path, overrides)
+    shared = candidates_for(path, model=model).tracer if overrides else None
+    return Candidates(recipe, config_for(recipe, model), recipe.data.max_length, shared)
+
+
+def plan_of(candidates: Candidates, gpus: str, nodes: int = 1) -> RunPlan:
+    cluster = parse_cluster(gpus, nodes)
+    return plan_run(candidates, cluster, JANUS_ROWS, steps=3_004, epochs=4, sequences_per_step=32)
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.parts[-3] + "-" + path.stem)
-def test_every_recipe_of_the_papers_has_its_model_and_a_plan(path: Path) -> None:
-    recipe = load_recipe(path)
-    shape = shape_for(recipe)
+def test_every_recipe_of_the_papers_has_its_model(path: Path) -> None:
+    recipe, shape = candidates_for(path).recipe, candidates_for(path).shape
     assert shape.total == pytest.approx(PUBLISHED[recipe.model.name_or_path] * 1e9, rel=0.01)
     assert (shape.trained == shape.total) is (recipe.adapter is None)
-    plan = plan_of(recipe, "8xH100-80GB", 4)
-    assert plan.chosen
     text = path.read_text(encoding="utf-8")
     assert 40 <= len(text.splitlines()) <= 70
     assert "arXiv:" in text
@@ -71,32 +85,39 @@ def test_every_recipe_of_the_papers_has_its_model_and_a_plan(path: Path) -> None
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.parts[-3] + "-" + path.stem)
 def test_the_launch_that_a_recipe_names_fits_the_gpus_that_the_paper_had(path: Path) -> None:
-    recipe, text = load_recipe(path), path.read_text(encoding="utf-8")
+    text = path.read_text(encoding="utf-8")
     config = re.search(r"--config_file (\S+)", text)
     assert config
     one_gpu = "single_gpu" in config[1]
     gpus, nodes = ("1xA100-80GB", 1) if one_gpu else ("4xA100-80GB", 1) if "janus" in text else ("8xH100", 4)
-    plan = plan_of(recipe, gpus, nodes)
     names = {strategy.config_file: strategy.name for strategy in STRATEGIES}
     name = "DDP" if one_gpu else names[config[1]]
-    assert next(candidate for candidate in plan.candidates if candidate.memory.strategy == name).fits
+    strategy = next(strategy for strategy in STRATEGIES if strategy.name == name)
+    candidates, cluster = candidates_for(path), parse_cluster(gpus, nodes)
+    memory = candidates.memory(written_settings(candidates.recipe, strategy), cluster)
+    assert memory.total <= cluster.usable_memory
 
 
 def test_the_command_can_be_pasted_and_clusters_have_an_end() -> None:
-    recipe = load_recipe(ROOT / "recipes/janus-7b/sft/full.yaml", ["adapter={r: 16}", "output_dir=a folder"])
-    launch = plan_of(recipe, "8xH100").launch or ""
-    assert shlex.split(launch)[-2:] == ["adapter={r: 16}", "output_dir=a folder"]
+    plan = plan_of(candidates_for(JANUS, "guards={non_finite_steps: 4}", "output_dir=a folder"), "8xH100")
+    words = shlex.split(plan.launch or "")
+    assert {"guards={non_finite_steps: 4}", "output_dir=a folder"} <= set(words)
+    lines = describe_plan(plan)
+    start = next(number for number, line in enumerate(lines) if line.startswith("  accelerate launch"))
+    shown = "\n".join(line for line in lines[start:] if line.startswith("  "))
+    read = subprocess.run(
+        ["bash", "-c", f"printf '%s\\n' {shown.lstrip()}"], capture_output=True, text=True, check=True
+    )
+    assert read.stdout.splitlines() == words
     for gpus, nodes in (("99999999999999x80GB", 1), ("8xH100", 100_000), ("8xH100", 0)):
         with pytest.raises(UserError, match="Write 1 to 16,384 GPUs in all"):
             parse_cluster(gpus, nodes)
 
 
 def test_a_70b_on_two_nodes() -> None:
-    recipe = load_recipe(
-        ROOT / "recipes/janus-llama-3-8b/sft/full.yaml",
-        ["training.optim=adamw_torch_fused", "training.per_device_train_batch_size=1"],
-    )
-    plan = plan_of(recipe, "8x80GB", 2, "meta-llama/Llama-3.1-70B")
+    llama = "meta-llama/Llama-3.1-70B"
+    path, fused = ROOT / "recipes/janus-llama-3-8b/sft/full.yaml", "training.optim=adamw_torch_fused"
+    plan = plan_of(candidates_for(path, fused, model=llama), "8x80GB", 2)
     assert plan.parameters == 70_553_706_496  # the hub's count
     # by hand: 2 + 4 + 12 bytes a parameter, over 16 GPUs: 79.4 GB, and little that is kept whole
     zero3 = next(candidate for candidate in plan.candidates if candidate.memory.strategy == "ZeRO-3").memory
@@ -104,91 +125,67 @@ def test_a_70b_on_two_nodes() -> None:
     assert states == pytest.approx(70_553_706_496 * 18 / 16, rel=0.001)
     assert plan.chosen == "ZeRO-3 offload"
     assert plan.config_file == "accelerate_configs/zero3_offload.yaml"
-    assert any("adamw_bnb_8bit" in note for note in plan.notes)
-    assert any("far longer than the hours shown" in note for note in plan.notes)
+    # 8-bit Adam: 2 + 4 + 4 + 2 bytes fit without offload, and the page says how
+    assert plan.eight_bit
+    assert plan.eight_bit.settings.strategy.name == "ZeRO-3"
+    text = " ".join(describe_plan(plan))
+    assert " ".join(plan.eight_bit.overrides) in text
+    assert "training.optim=adamw_bnb_8bit" in plan.eight_bit.overrides
     # 6 N D within the convention's rest: the table of embeddings out, attention in
     tokens = 4 * 196_998_000
     assert plan.parameter_flops == pytest.approx(6 * (70_553_706_496 - 128_256 * 8_192) * tokens)
-    assert plan.hours == pytest.approx(plan.flops / (16 * 989e12 * 0.4 * 3_600))
 
 
-@pytest.mark.parametrize(
-    ("gpus", "nodes", "model", "overrides"),
-    [
-        ("8x80GB", 2, "meta-llama/Llama-3.1-70B", ["training.optim=adamw_torch_fused"]),
-        ("4x40GB", 1, None, ["training.optim=adamw_torch"]),
-        ("1x24GB", 1, None, ["training.optim=adamw_torch_fused"]),
-        ("2xH200", 1, None, ["training.optim=adamw_bnb_8bit"]),
-        ("8xH100", 3, None, ["adapter={r: 16}"]),
-        ("4x24GB", 1, None, ["training.per_device_train_batch_size=64"]),
-    ],
-)
-def test_the_fewest_nodes_are_those_of_a_plain_loop(
-    gpus: str, nodes: int, model: str | None, overrides: list[str]
-) -> None:
-    recipe = load_recipe(
-        ROOT / "recipes/janus-llama-3-8b/sft/full.yaml", ["training.per_device_train_batch_size=1", *overrides]
-    )
-    shape = shape_for(recipe, model)
+def test_janus_trains_on_one_h200_without_offload_and_on_eight_h100_without_full_checkpointing() -> None:
+    single, eight = plan_of(candidates_for(JANUS), "1xH200"), plan_of(candidates_for(JANUS), "8xH100")
+    assert single.best
+    assert not single.best.settings.strategy.offload
+    assert single.best.settings.dtype == "float32"
+    assert "model.dtype=float32" in (single.launch or "")
+    assert eight.best
+    assert eight.best.settings.checkpointing != "full"
+    assert eight.hours < eight.written[0].hours
 
-    def fits(count: int, optimizer: str) -> str | None:
-        """Return the first strategy without offload and caution that fits `count` nodes with that optimizer."""
-        other = load_recipe(
-            ROOT / "recipes/janus-llama-3-8b/sft/full.yaml",
-            ["training.per_device_train_batch_size=1", *overrides, f"training.optim={optimizer}"],
-        )
-        cluster = parse_cluster(gpus, count)
-        ways = [evaluate_candidate(other, shape, cluster, way, optimizer, recipe.data.max_length) for way in STRATEGIES]
-        ways = ways if count * cluster.gpus > 1 else ways[:1]  # one GPU has nothing to share
-        names = [candidate.memory.strategy for candidate in ways if candidate.fits and not candidate.caution]
-        return next((name for name in names if "offload" not in name), None)
 
-    plan = plan_run(recipe, shape, parse_cluster(gpus, nodes), JANUS_ROWS, steps=1, epochs=1, sequences_per_step=1)
-    eight_bit = "adamw_bnb_8bit"
-    assert [candidate.optimizer for candidate in plan.fewest_nodes] == list(dict.fromkeys([plan.optimizer, eight_bit]))
-    for candidate in plan.fewest_nodes:
-        counts = range(1, (candidate.nodes or 4) + 1)  # beyond the first that fits nothing is to be known
-        fewest = next(((count, name) for count in counts if (name := fits(count, candidate.optimizer))), (None, None))
-        assert (candidate.nodes, candidate.strategy) == fewest
-        assert candidate.here == fits(nodes, candidate.optimizer)
-    own = plan.fewest_nodes[0]
+JANUS_ON = {"1xH200": (1, 16), "4xA100-80GB": (1, 4), "8xH100": (1, 2), "8xH200": (1, 2)}
+"""GPUs: nodes, and the accumulation steps that keep the recipe's 32 sequences a step with its micro-batch of 2."""
+
+
+@pytest.mark.parametrize("gpus", JANUS_ON)
+def test_the_readme_s_settings_for_janus_are_those_of_the_plan(gpus: str) -> None:
+    nodes, accumulation = JANUS_ON[gpus]
+    own = () if accumulation == 4 else (f"training.gradient_accumulation_steps={accumulation}",)
+    plan = plan_of(candidates_for(JANUS, *own), gpus, nodes)
+    assert plan.best
+    settings = plan.best.settings
+    assert settings.batch * settings.accumulation * plan.cluster.processes == 32
+    words = [word for word in shlex.split(plan.launch or "") if re.match(r"(model|training)\.", word)]
+    cells = [
+        gpus.replace("x", " x ", 1),
+        f"[{Path(plan.config_file or '').name}]({Path(plan.config_file or '').name})",
+        ", ".join(f"`{word}`" for word in words) or "none",
+        f"{plan.best.memory.total / 2**30:.0f}",
+    ]
+    readme = (ROOT / "accelerate_configs" / "README.md").read_text(encoding="utf-8")
+    assert f"| {' | '.join(cells)} |" in readme.replace("<br>", "")
+
+
+def test_a_run_that_fits_nowhere_says_why() -> None:
+    plan = plan_of(candidates_for(JANUS), "1x4GB")
+    assert plan.chosen is plan.launch is plan.overrides is None
     text = " ".join(describe_plan(plan))
-    assert (f"without offload: --nodes {own.nodes} ({own.strategy})" if own.nodes else "none up to 64") in text
-    eight = plan.fewest_nodes[-1]
-    if own.nodes != 1 and eight is not own:
-        here = "these nodes" if nodes > 1 else "this node"
-        fits_too = f"fits {here} ({eight.here})" if eight.here else f"does not fit {here} either"
-        fits_too = "is not needed here" if own.here else fits_too
-        assert f"8-bit Adam (training.optim={eight_bit}) {fits_too}; its fewest nodes: --nodes {eight.nodes}" in text
+    nearest = min(candidate.memory.total for candidate in plan.candidates)
+    assert f"{nearest / 2**30:,.1f} of 3.7 GiB" in text
+    assert "an adapter, or a smaller data.max_length" in text
 
 
-def test_the_least_communication_that_fits_is_chosen() -> None:
-    recipe = load_recipe(ROOT / "recipes/janus-7b/sft/full.yaml", ["training.optim=adamw_torch_fused"])
-    chosen = [plan_of(recipe, gpus).chosen for gpus in ("8xH200", "8x80GB", "4x80GB", "8x40GB", "2x24GB")]
-    order = [strategy.name for strategy in STRATEGIES]
-    places = [order.index(name) if name else len(order) for name in chosen]
-    assert places == sorted(places)
-    assert len(set(places)) >= 3
-    for gpus in ("8x80GB", "4x40GB"):
-        plan = plan_of(recipe, gpus)
-        for candidate in plan.candidates:
-            assert candidate.fits is (candidate.memory.total <= plan.cluster.memory * (1 - RESERVE))
-        fitting = [
-            candidate.memory.strategy for candidate in plan.candidates if candidate.fits and not candidate.caution
-        ]
-        assert plan.chosen == (fitting[0] if fitting else None)
-
-
-def test_a_plan_does_not_choose_16_bit_weights_without_master_weights() -> None:
-    path = ROOT / "recipes/janus-7b/sft/full.yaml"
-    plan = plan_of(load_recipe(path), "8xH200")
-    assert plan.candidates[0].fits
-    assert plan.candidates[0].caution
-    assert plan.chosen == "ZeRO-1"
-    float32 = plan_of(load_recipe(path, ["model.dtype=float32"]), "8xH200")
-    assert (float32.chosen, float32.candidates[0].caution) == ("DDP", None)
-    lora = plan_of(load_recipe(ROOT / "recipes/janus-7b/sft/lora.yaml"), "8xH200")
-    assert (lora.chosen, lora.candidates[0].caution) == ("DDP", None)
+def test_a_plan_refuses_16_bit_weights_without_master_weights() -> None:
+    plan = plan_of(candidates_for(JANUS), "8xH200")
+    assert plan.written[0].caution
+    assert all(candidate.caution is None for candidate in [*plan.candidates, *plan.written[1:]])
+    lora = candidates_for(ROOT / "recipes/janus-7b/sft/lora.yaml")
+    written = written_settings(lora.recipe, STRATEGIES[0])
+    assert lora.evaluate(written, parse_cluster("8xH200"), Workload(1, Flops(1e15, 0.0))).caution is None
 
 
 def test_every_configuration_of_a_strategy_exists() -> None:
@@ -229,6 +226,7 @@ def test_invalid_gpus_are_user_errors(
 
 def test_the_peaks_are_those_that_trl_has() -> None:
     assert {name: get_peak_flops(name, "bfloat16") for name in PEAK_FLOPS} == PEAK_FLOPS
+    assert set(HARDWARE) == set(PEAK_FLOPS)
 
 
 def test_the_check_shows_the_plan_and_writes_it(
@@ -246,11 +244,16 @@ def test_the_check_shows_the_plan_and_writes_it(
     assert plan["schedule"]["processes"] == plan["plan"]["cluster"]["gpus"] * 3 == 6
     assert plan["plan"]["steps"] == plan["schedule"]["steps"]
     assert plan["plan"]["tokens"] == plan["training"]["tokens"]
-    assert plan["plan"]["chosen"] == "DDP"
+    assert plan["plan"]["config_file"] in plan["plan"]["launch"]
     assert plan["plan"]["launch"] in " ".join(shown.replace(" \\\n", " ").split())
     assert f"--num_processes 6 --num_machines 3 --machine_rank RANK" in plan["plan"]["launch"]  # noqa: F541
-    assert len(plan["plan"]["candidates"]) == 5
-    assert all(candidate["memory"]["strategy"] in shown for candidate in plan["plan"]["candidates"])
+    assert len(plan["plan"]["candidates"]) == len(plan["plan"]["written"]) == 5
+    for candidate in plan["plan"]["candidates"]:
+        assert candidate["memory"]["strategy"] == candidate["settings"]["strategy"]["name"]
+        assert candidate["memory"]["strategy"] in shown
+    seconds = plan["plan"]["candidates"][0]["seconds"]
+    assert seconds["total"] == pytest.approx(sum(value for name, value in seconds.items() if name != "total"))
+    assert "the recipe as written" in " ".join(shown.split())
 
 
 def test_options_of_the_plan_alone_are_refused(recipe_file: Callable[..., Path]) -> None:
@@ -269,25 +272,20 @@ def test_a_mixture_of_experts_is_refused(recipe_file: Callable[..., Path], tmp_p
         inspect_architecture(load_recipe(recipe_file()), MixtralConfig())
 
 
-def test_a_plan_notes_what_it_cannot_count(tmp_path: Path) -> None:
-    path = ROOT / "recipes/janus-7b/sft/full.yaml"
-    text = " ".join(
-        describe_plan(
-            plan_of(
-                load_recipe(path, ["training.optim=galore_adamw", "training.optim_target_modules=all-linear"]), "8xH200"
-            )
-        )
-    )
-    assert "training.optim: galore_adamw is counted as AdamW" in text
-    text = " ".join(describe_plan(plan_of(load_recipe(path, ["training.deepspeed=ds_configs/zero2.json"]), "8xH200")))
-    assert "training.deepspeed in the recipe decides how the run is split" in text
-    lora = load_recipe(ROOT / "recipes/janus-7b/sft/qlora.yaml")
-    assert "paged_adamw_8bit may move" in " ".join(describe_plan(plan_of(lora, "1x24GB")))
+def test_a_plan_notes_what_it_cannot_count() -> None:
+    def notes(path: Path, gpus: str, *overrides: str) -> str:
+        return " ".join(describe_plan(plan_of(candidates_for(path, *overrides), gpus)))
+
+    galore = ("training.optim=galore_adamw", "training.optim_target_modules=all-linear")
+    assert "training.optim: galore_adamw is counted as AdamW" in notes(JANUS, "8xH200", *galore)
+    split = "training.deepspeed in the recipe decides how the run is split"
+    assert split in notes(JANUS, "8xH200", "training.deepspeed=ds_configs/zero2.json")
+    assert "paged_adamw_8bit may move" in notes(ROOT / "recipes/janus-7b/sft/qlora.yaml", "1x24GB")
 
 
 def test_a_plan_initializes_no_gpu() -> None:
     before = torch.cuda.is_initialized()
-    plan_of(load_recipe(ROOT / "recipes/janus-7b/sft/qlora.yaml"), "1x24GB")
+    plan_of(candidates_for(ROOT / "recipes/janus-7b/sft/qlora.yaml"), "1x24GB")
     assert torch.cuda.is_initialized() is before
     assert torch.get_default_device().type == "cpu"
 

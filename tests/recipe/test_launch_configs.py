@@ -9,7 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
+from accelerate import ParallelismConfig
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 
@@ -47,6 +49,12 @@ def test_accelerate_reads_each_launch_configuration(path: Path) -> None:
         options = {name for name in vars(launch_command_parser().parse_args(["x"])) if name.startswith("fsdp_")}
         assert set(config.fsdp_config) <= options
         assert config.fsdp_config["fsdp_state_dict_type"] == "FULL_STATE_DICT"
+    if config.parallelism_config:
+        sizes = ParallelismConfig(
+            **{name.removeprefix("parallelism_config_"): size for name, size in config.parallelism_config.items()}
+        )
+        assert sizes.total_size == config.num_processes
+        assert sizes.dp_replicate_size == config.num_machines
     assert config.mixed_precision in ("no", None)  # the recipe decides
 
 
@@ -90,6 +98,8 @@ def test_deepspeed_accepts_every_key(path: Path, monkeypatch: pytest.MonkeyPatch
     assert read.zero_config.stage == int(re.search(r"zero(\d)", path.stem)[1])
     assert read.bfloat16_config.enabled
     assert read.grad_accum_dtype == "fp32"
+    assert read.zero_config.zero_hpz_partition_size == (8 if "hpz" in path.stem else 1)
+    assert read.communication_data_type == (torch.float32 if read.zero_config.stage == 1 else None)
     if read.zero_config.stage < 3:
         assert read.zero_config.reduce_bucket_size == REDUCE_BUCKET  # used by the memory plan
     if read.zero_config.stage == 1:

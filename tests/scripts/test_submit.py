@@ -287,6 +287,16 @@ def test_errors_in_the_command_line_name_the_option_and_the_allowed_values(
     assert message in refused(recipe_file(), *arguments)
 
 
+def test_full_fine_tuning_of_16_bit_weights_is_refused_where_nothing_keeps_float32_copies(
+    refused: Callable[..., str], printed: Callable[..., str], recipe_file: Callable[..., Path]
+) -> None:
+    recipe = recipe_file(model={"dtype": "bfloat16"}, training={"bf16": True})
+    ddp = ("--config", "accelerate_configs/ddp.yaml")
+    assert "model.dtype: bfloat16: full fine-tuning would lose most updates" in refused(recipe, *ONE_NODE, *ddp)
+    assert printed(recipe, *ONE_NODE, *ddp, "model.dtype=float32")
+    assert printed(recipe, *ONE_NODE)  # zero3.yaml
+
+
 def test_a_missing_sbatch_is_an_error(
     refused: Callable[..., str], recipe_file: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -311,3 +321,22 @@ def test_the_deepspeed_configuration_must_exist_in_the_current_folder(
 )
 def test_time_limits_are_read_as_slurm_reads_them(submit_script: ModuleType, limit: str, seconds: int) -> None:
     assert submit_script.parse_time_limit(limit) == seconds
+
+
+@pytest.mark.parametrize(
+    ("own", "expected"),
+    [
+        ({}, "expandable_segments:True"),
+        ({"PYTORCH_ALLOC_CONF": "expandable_segments:False"}, "expandable_segments:False"),
+        ({"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:128"}, None),  # PyTorch reads the older name first
+    ],
+)
+def test_the_job_has_growing_memory_segments_unless_the_user_set_the_allocator(
+    own: dict[str, str], expected: str | None
+) -> None:
+    script = (ROOT / "scripts" / "slurm" / "job.sh").read_text(encoding="utf-8")
+    (lines,) = re.findall(r'^if \[ -z "\$\{PYTORCH_ALLOC_CONF.*?^fi$', script, re.MULTILINE | re.DOTALL)
+    show = "import os; print(os.environ.get('PYTORCH_ALLOC_CONF'))"
+    command = ["bash", "-uc", f'{lines}\n"{sys.executable}" -c "{show}"']
+    ended = subprocess.run(command, env=own, capture_output=True, text=True, check=True)
+    assert ended.stdout.strip() == str(expected)

@@ -3,15 +3,22 @@
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any
 
 import torch
+from accelerate import PartialState
+from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 from trl import SFTConfig
 
 from train.errors import UserError
+from train.loop.fsdp import check_tied_modules, configure_fsdp2, is_fsdp2
 from train.loop.tracking import tracker_names
-from train.ranks import deepspeed_launch_error, parallelism_error
+from train.model.load import load_config
+from train.model.text_part import build_meta_model
+from train.ranks import deepspeed_launch_error, parallelism_error, world_size
 from train.recipe import Recipe
+from train.storage.transfer_time import longest_transfer
 
 
 @contextmanager
@@ -33,6 +40,7 @@ def training_arguments(recipe: Recipe, stop_tokens: Sequence[str] = ()) -> SFTCo
         "use_cpu": not torch.accelerator.is_available(),
         # the search for unused parameters traverses the graph at each step, and a dense model has none
         "ddp_find_unused_parameters": False,
+        "ddp_timeout": save_timeout(recipe),
         "logging_nan_inf_filter": False,  # log losses that are not finite, not a mean in their place (trl#6702)
         **recipe.training,
         "output_dir": recipe.output_dir,
@@ -40,7 +48,7 @@ def training_arguments(recipe: Recipe, stop_tokens: Sequence[str] = ()) -> SFTCo
         "seed": recipe.seed,
         "max_length": None,
         "packing": False,
-        "padding_free": recipe.data.packing,
+        "padding_free": recipe.data.packing,  # JanusTrainer: rows that aren't packed too, where the model allows it
         "dataset_kwargs": {"skip_prepare_dataset": True},
         "eos_token": next(iter(stop_tokens), None),
         "report_to": tracker_names(recipe.tracking),
@@ -52,10 +60,32 @@ def training_arguments(recipe: Recipe, stop_tokens: Sequence[str] = ()) -> SFTCo
         )
     if error := deepspeed_launch_error(settings.get("deepspeed"), os.environ) or parallelism_error(os.environ):
         raise UserError(error)
+    if settings["use_cpu"] and world_size() > 1:  # transformers passes ddp_timeout on for GPUs only
+        timeout = timedelta(seconds=settings["ddp_timeout"])
+        PartialState(cpu=True, backend=settings.get("ddp_backend"), timeout=timeout)
     with as_user_error("training"):
         arguments = SFTConfig(**settings)
     check_sharding(recipe, arguments)
+    if is_fsdp2(arguments):
+        check_tied_modules(recipe)
+        configure_fsdp2(arguments)
     return arguments
+
+
+def save_timeout(recipe: Recipe) -> int:
+    """Return the seconds that ranks wait for each other: as long as the files of a checkpoint may take to be written.
+
+    While the first rank writes the model, or deletes an older checkpoint, all others wait in the default process group
+    (`CheckpointWriter`), whose timeout this is. The groups of DeepSpeed and of FSDP's meshes have NCCL's 10 minutes.
+    A rank that hangs is noticed after the same time.
+
+    The bytes are those of the weights and, per parameter, of a float32 master weight and two moments: 988 GB for a 70B
+    in bfloat16. An adapter's are few. DEEPSPEED_TIMEOUT has no effect, as accelerate starts the group before DeepSpeed.
+    """
+    if world_size() == 1 or recipe.adapter is not None:
+        return longest_transfer(0)
+    model = build_meta_model(load_config(recipe.model), recipe.model)
+    return longest_transfer(sum(weight.numel() * (weight.element_size() + 12) for weight in model.parameters()))
 
 
 def check_sharding(recipe: Recipe, arguments: SFTConfig) -> None:
@@ -74,6 +104,13 @@ def check_sharding(recipe: Recipe, arguments: SFTConfig) -> None:
             raise UserError(
                 f"the DeepSpeed configuration lacks `zero_optimization.{key}: true`, so a save would hold DeepSpeed's "
                 "partitions and no model. Add it, or launch with accelerate_configs/zero3.yaml."
+            )
+        key = "zero_hpz_partition_size"
+        nodes_share = min(deepspeed.get_value(f"zero_optimization.{key}") or 1, world_size())
+        if world_size() % nodes_share:
+            raise UserError(
+                f"the DeepSpeed configuration has `zero_optimization.{key}: {nodes_share}`, which doesn't divide the "
+                f"{world_size()} processes. Write the number of GPUs of a node."
             )
         selective = (arguments.gradient_checkpointing_kwargs or {}).get("selective")
         if recipe.adapter is not None and arguments.gradient_checkpointing and selective:
@@ -108,3 +145,14 @@ def _check_storage(recipe: Recipe) -> None:
             f"quantization.bnb_4bit_quant_storage: {storage} differs from model.dtype: {dtype}. ZeRO-3 and FSDP need "
             f"weights of one type. Write the same type for both, and for bnb_4bit_compute_dtype."
         )
+
+
+@contextmanager
+def without_zero3(arguments: SFTConfig) -> Iterator[None]:
+    """Keep transformers from partitioning, under ZeRO-3, a model that has no weights."""
+    unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        if plugin := arguments.deepspeed_plugin:  # training.deepspeed makes one without dschf
+            set_hf_deepspeed_config(getattr(plugin, "dschf", plugin.hf_ds_config))

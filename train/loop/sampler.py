@@ -72,10 +72,10 @@ class SharedBatches(Sampler[int]):
     the front of the order, as accelerate would, or left out.
     """
 
-    def __init__(self, sampler: Sampler[int], batch: int, group: ProcessGroup | None, arguments: SFTConfig) -> None:
-        """`batch`: sequences of a rank. `group`: the ranks that share them; None = this one alone."""
-        self._sampler, self._batch, self._drop_last = sampler, batch, arguments.dataloader_drop_last
-        self._copies = group.size() if group else 1
+    def __init__(self, sampler: Sampler[int], batch: int, copies: int, arguments: SFTConfig) -> None:
+        """`batch`: sequences of a rank. `copies`: ranks that share them."""
+        self._sampler, self._batch, self._copies = sampler, batch, copies
+        self._drop_last = arguments.dataloader_drop_last
         self._together = arguments.world_size // self._copies * batch
 
     def __len__(self) -> int:
@@ -86,6 +86,13 @@ class SharedBatches(Sampler[int]):
     def __iter__(self) -> Iterator[int]:
         order = np.resize(np.fromiter(self._sampler, np.int64), len(self) // self._copies)
         return iter(order.reshape(-1, self._batch).repeat(self._copies, axis=0).ravel().tolist())
+
+
+def share_batches(
+    sampler: Sampler[int] | None, batch: int, group: ProcessGroup | None, arguments: SFTConfig
+) -> Sampler[int] | None:
+    """Return a sampler whose batches of `batch` sequences all ranks of `group` get; `sampler` itself without one."""
+    return sampler if sampler is None or group is None else SharedBatches(sampler, batch, group.size(), arguments)
 
 
 def attention_cost(lengths: ArrayLike, plan: PackingPlan, linear_tokens: float) -> NDArray[np.float64]:

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,29 +10,32 @@ from datasets import Dataset
 from torch.distributed.tensor import DTensor
 from torch.utils.data import Sampler, SequentialSampler
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, TrainerCallback
-from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 from trl import SFTConfig
 
 from train.data.dataset import PackedDataset, PaddedDataset
 from train.data.prepared_data import PreparedData
 from train.errors import UserError
-from train.loop.arguments import as_user_error
+from train.loop.arguments import as_user_error, without_zero3
 from train.loop.batch_info import BATCH_INFO, BatchInfo, CountingCollator
 from train.loop.checkpoint.manifest import read_checkpoint
 from train.loop.checkpoint.weights import check_savable
 from train.loop.checkpointing import CheckpointingTrainer
+from train.loop.compilation import compile_layers
+from train.loop.fsdp import gather_output_layer
 from train.loop.guards.anomalies import Guards
 from train.loop.guards.packing_isolation import PackingIsolationTest
+from train.loop.layer_kernels import LayerKernels
 from train.loop.loss import FUSED_LOSSES, LossSums, fused_loss
 from train.loop.metrics_log import StepLog
 from train.loop.preemption import Preemption
 from train.loop.preemption_callback import EvaluationStoppedError, PreemptionCallback
-from train.loop.sampler import BalancedSampler, SharedBatches
+from train.loop.sampler import BalancedSampler, share_batches
 from train.loop.sequence_slice import make_group
 from train.loop.throughput import Throughput
 from train.model.adapters import check_adapter, lora_config
 from train.model.architecture import Architecture, inspect_architecture
+from train.model.attention.document_borders import takes_borders
 from train.model.attention.sequence_parallel import GROUP
 from train.model.text_part import build_meta_model, find_idle_parameters, freeze
 from train.recipe import Recipe
@@ -85,16 +87,17 @@ class JanusTrainer(CheckpointingTrainer):
 
         Raises UserError for settings that TRL or peft refuses, or that leave nothing to train.
         """
-        self._groups = data_parallel(arguments.world_size, recipe.model.sequence_parallel)
+        self._groups = data_parallel(arguments.world_size, sharing := recipe.model.sequence_parallel)
         rows, batch = len(data.train.dataset), arguments.train_batch_size * self._groups
         if arguments.dataloader_drop_last and rows < batch:
             raise UserError(
                 f"training.dataloader_drop_last: the {rows:,} sequences are fewer than the {batch:,} of one batch on "
                 "all processes, so all of them would be dropped. Write false, or lower per_device_train_batch_size."
             )
-        with _without_zero3(arguments):
+        with without_zero3(arguments):
             shape = _find_shape(recipe, model)
             idle = find_idle_parameters(build_meta_model(model.config, recipe.model))
+        arguments.padding_free = recipe.data.packing or sharing > 1 or takes_borders(model)
         check_adapter(recipe.adapter, model, idle)
         freeze(model, idle)
         with as_user_error("adapter" if recipe.adapter else "training"):
@@ -110,7 +113,7 @@ class JanusTrainer(CheckpointingTrainer):
                 callbacks=callbacks,
             )
         self.train_dataset = data.train.dataset
-        self.sequence_group = make_group(recipe.model.sequence_parallel)
+        self.sequence_group = make_group(sharing)
         # Losses that TRL computes are transformers' means of batches: one without labels would have no mean.
         eval_batch = 1 if self._needs_logits() else arguments.eval_batch_size * self._groups
         self.eval_dataset = PaddedDataset(data.validation.dataset, eval_batch) if data.validation else None
@@ -122,8 +125,11 @@ class JanusTrainer(CheckpointingTrainer):
         self._step_log = next((callback for callback in callbacks if isinstance(callback, StepLog)), None)
         self._guards = Guards(recipe.guards, self.accelerator, data.train.dataset.places, recipe.output_dir)
         self.remove_callback(PrinterCallback)
-        if recipe.data.packing:
-            self.add_callback(PackingIsolationTest(self))
+        if recipe.model.use_kernels:
+            self.add_callback(LayerKernels(self))
+        if arguments.padding_free:
+            documents = "packed documents" if recipe.data.packing else "rows of a batch, joined without padding,"
+            self.add_callback(PackingIsolationTest(self, documents))
         for callback in (self._throughput, self._run_state, self._preemption_callback):
             self.add_callback(callback)
 
@@ -149,21 +155,25 @@ class JanusTrainer(CheckpointingTrainer):
         finally:
             self._writer.close()
 
+    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> tuple[torch.nn.Module, Any]:
+        """Return the model as accelerate wraps it, and the data loader."""
+        model, loader = super()._prepare_for_training(*args, **kwargs)
+        if self.accelerator.is_fsdp2:
+            gather_output_layer(model)
+        return model, loader
+
     def _get_train_sampler(self, train_dataset: PackedDataset | None = None) -> Sampler[int] | None:
         """Return our order in place of a random one."""
         sequences = train_dataset or self.train_dataset
-        if self.args.train_sampling_strategy != "random":
-            sampler = super()._get_train_sampler(sequences)
-        else:
-            sampler = self.sampler = BalancedSampler(sequences, self.args, self.model.config, ranks=self._groups)
-        group = self.sequence_group
-        return SharedBatches(sampler, self.args.train_batch_size, group, self.args) if group else sampler
+        if self.args.train_sampling_strategy == "random":
+            self.sampler = BalancedSampler(sequences, self.args, self.model.config, ranks=self._groups)
+        sampler = super()._get_train_sampler(sequences) if self.sampler is None else self.sampler
+        return share_batches(sampler, self.args.train_batch_size, self.sequence_group, self.args)
 
     def _get_eval_sampler(self, eval_dataset: PaddedDataset) -> Sampler[int] | None:
         """Return transformers' order, which is the data set's."""
-        sampler, group = super()._get_eval_sampler(eval_dataset), self.sequence_group
-        sequential = sampler or SequentialSampler(eval_dataset)
-        return SharedBatches(sequential, self.args.eval_batch_size, group, self.args) if group else sampler
+        sampler = super()._get_eval_sampler(eval_dataset) or SequentialSampler(eval_dataset)
+        return share_batches(sampler, self.args.eval_batch_size, self.sequence_group, self.args)
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         """Train an epoch. accelerate doesn't tell the sampler its number if several processes resume within one."""
@@ -198,8 +208,17 @@ class JanusTrainer(CheckpointingTrainer):
         self._throughput.begin_step()
         return super().get_batch_samples(self._throughput.time_batches(epoch_iterator), *args, **kwargs)
 
+    def _build_accelerator_args(self, **kwargs: Any) -> dict[str, Any]:
+        """Return the accelerator's arguments; training.torch_compile compiles the layers."""
+        arguments = super()._build_accelerator_args(**kwargs)
+        if self.args.torch_compile:
+            compile_layers(arguments["dynamo_plugin"])
+        return arguments
+
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Return the loss of a micro-batch after its forward and backward pass."""
+        if not self.model.training:  # an evaluation set it, and transformers resets the wrapped model: of one that is
+            self.model.train()  # compiled by layer that is a copy, which shares the layers
         with self._throughput.timed("backward"):
             return super().training_step(*args, **kwargs)
 
@@ -379,14 +398,3 @@ def _find_shape(recipe: Recipe, model: PreTrainedModel) -> Architecture | None:
         return inspect_architecture(recipe, model.config)
     except UserError:
         return None
-
-
-@contextmanager
-def _without_zero3(arguments: SFTConfig) -> Iterator[None]:
-    """Keep transformers from partitioning, under ZeRO-3, a model that has no weights."""
-    unset_hf_deepspeed_config()
-    try:
-        yield
-    finally:
-        if plugin := arguments.deepspeed_plugin:  # training.deepspeed makes one without dschf
-            set_hf_deepspeed_config(getattr(plugin, "dschf", plugin.hf_ds_config))

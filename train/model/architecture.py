@@ -49,29 +49,18 @@ class Parameter:
 
 @dataclass(frozen=True)
 class Architecture:
-    """A dense decoder. Widths are in elements per token.
+    """A dense decoder.
 
-    - `query_width`, `key_width`: heads and key-value heads times their size;
-    - `norms`: normalizations of hidden width in a layer; `wide_norms`: they scale in float32 (Gemma);
-    - `softcapped`: attention scores are soft-capped;
+    - `hidden`: width of the hidden states; `query_width`: heads times their size, both in elements per token;
     - `windows`: of each layer, the tokens that a token attends to; None = all before it;
-    - `adapted_inputs`: sum of the widths of all adapters' inputs;
     - `tied`: the embedding is the output layer.
     """
 
     parameters: tuple[Parameter, ...]
-    layers: int
     hidden: int
-    intermediate: int
-    heads: int
     query_width: int
-    key_width: int
-    norms: int
-    wide_norms: bool
-    softcapped: bool
     vocabulary: int
     windows: tuple[int | None, ...]
-    adapted_inputs: int
     tied: bool
 
     @property
@@ -106,12 +95,6 @@ def inspect_architecture(recipe: Recipe, config: PreTrainedConfig) -> Architectu
     linears = [module for module in model.modules() if isinstance(module, torch.nn.Linear) and module is not output]
     quantized = {id(module.weight) for module in linears} if recipe.quantization else set()
     own = {id(parameter) for parameter in model.parameters()}
-    layers = next(module for module in model.get_decoder().modules() if isinstance(module, torch.nn.ModuleList))
-    norms = sum(
-        "norm" in type(module).__name__.lower() and sum(map(torch.numel, module.parameters())) >= text.hidden_size
-        for module in layers[0].modules()
-    )
-    adapted_inputs = 0
     if recipe.adapter:
         from peft import get_peft_model
 
@@ -120,7 +103,6 @@ def inspect_architecture(recipe: Recipe, config: PreTrainedConfig) -> Architectu
                 model = get_peft_model(model, lora_config(recipe.adapter, model, idle))
         except ValueError as error:
             raise UserError(f"adapter: {' '.join(str(error).split())}") from error
-        adapted_inputs = sum(matrix.shape[1] for name, matrix in model.named_parameters() if ".lora_A." in name)
     decayed = set(get_parameter_names(model, [torch.nn.LayerNorm], _NOT_DECAYED))
 
     def itemsize(name: str, parameter: torch.nn.Parameter) -> int:
@@ -146,17 +128,9 @@ def inspect_architecture(recipe: Recipe, config: PreTrainedConfig) -> Architectu
     window = getattr(text, "sliding_window", None)
     return Architecture(
         parameters=parameters,
-        layers=text.num_hidden_layers,
         hidden=text.hidden_size,
-        intermediate=text.intermediate_size,
-        heads=text.num_attention_heads,
         query_width=text.num_attention_heads * head_size,
-        key_width=(getattr(text, "num_key_value_heads", None) or text.num_attention_heads) * head_size,
-        norms=norms,
-        wide_norms="gemma" in text.model_type,
-        softcapped=bool(getattr(text, "attn_logit_softcapping", None)),
         vocabulary=text.vocab_size,
         windows=tuple(window if "sliding" in kind else None for kind in kinds),
-        adapted_inputs=adapted_inputs,
         tied=output is not None and output.weight is embedding,
     )

@@ -21,6 +21,7 @@ from train.model.attention.selection import attention_needs, choose_attention, m
 from train.model.attention.sequence_parallel import check_sequence_parallel, register
 from train.model.float8 import check_float8, check_float8_start, convert
 from train.model.folder import adapter_base, is_adapter_alone
+from train.model.hub_kernels import check_layer_kernels
 from train.model.pretrained import optional_file, origin, reading, unloadable
 from train.model.quantized_weights import (
     check_quantized,
@@ -29,7 +30,7 @@ from train.model.quantized_weights import (
     read_saved_quantization,
 )
 from train.model.text_part import auto_model_class, build_meta_model, describe_idle, find_idle_parameters
-from train.model.unloaded_weights import left_out, listed, read_weight_names
+from train.model.unloaded_weights import left_out, listed, read_weight_dtype, read_weight_names
 from train.ranks import is_first_rank
 from train.recipe import ModelSection, Recipe
 
@@ -67,6 +68,8 @@ class CheckedModel(NamedTuple):
     """Sentences for the start screen: parameters that are not trained, and weights that are unpacked."""
     embeddings: int
     """Entries of the input embedding: token ids must be smaller."""
+    dtype: str
+    """Type of the weights once they are loaded: model.dtype, and for auto that of the files."""
 
 
 def check_model(recipe: Recipe) -> CheckedModel:
@@ -78,6 +81,7 @@ def check_model(recipe: Recipe) -> CheckedModel:
     """
     quantization_config(recipe.quantization)
     check_float8(recipe)
+    check_layer_kernels(recipe.model)
     config = load_config(recipe.model)
     with reading(recipe.model, "config.json"):
         _check_kind(recipe.model.name_or_path, config)
@@ -98,7 +102,20 @@ def check_model(recipe: Recipe) -> CheckedModel:
             f"{recipe.model.name_or_path}. Write {positions} or less."
         )
     notes = (describe_quantized(config, recipe.model.dtype), describe_idle(bare, idle))
-    return CheckedModel([sentence for sentence in notes if sentence], text.vocab_size)
+    dtype = loaded_dtype(recipe.model, config)
+    return CheckedModel([sentence for sentence in notes if sentence], text.vocab_size, dtype)
+
+
+def loaded_dtype(model: ModelSection, config: PreTrainedConfig) -> str:
+    """Return the type that the weights have once they are loaded, as transformers finds it.
+
+    Of `auto` the type in config.json, or that of the first weights in a local file. Where neither is known: float32.
+    """
+    if model.dtype != "auto":
+        return model.dtype
+    if config.dtype is not None:
+        return str(config.dtype).removeprefix("torch.")
+    return read_weight_dtype(Path(model.name_or_path)) or "float32"
 
 
 def _check_kind(name: str, config: PreTrainedConfig) -> None:
@@ -131,7 +148,7 @@ def load_model(recipe: Recipe) -> PreTrainedModel:
     check_float8_start(recipe)
     config = load_config(model)
     attention = select_attention(recipe, config)
-    settings: dict[str, Any] = {"attn_implementation": attention.kernel, "dtype": getattr(torch, model.dtype, "auto")}
+    settings: dict[str, Any] = {**attention.load_arguments, "dtype": getattr(torch, model.dtype, "auto")}
     settings["use_safetensors"] = None if model.allow_pickle else True
     quantization = quantization_to_load(config)
     if read_saved_quantization(config) is None:

@@ -17,12 +17,26 @@ if TYPE_CHECKING:  # importing them takes seconds, which `--check` on a warm cac
     from transformers import PreTrainedConfig, PreTrainedModel
 
 
+_DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
+"""PyTorch's names of the types in safetensors files."""
+
+
 def read_weight_names(folder: Path) -> list[str]:
     """Return the names of the weights in a local model's safetensors files; empty without such files."""
     if (folder / WEIGHTS).is_file():
         with safe_open(folder / WEIGHTS, "numpy") as tensors:
             return list(tensors.keys())
     return list(read_json(folder / INDEX).get("weight_map", ()))
+
+
+def read_weight_dtype(folder: Path) -> str | None:
+    """Return the type of the first weight of floating point numbers in a local model; None without safetensors."""
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, "numpy") as tensors:
+            for name in tensors.keys():  # noqa: SIM118 (no mapping)
+                if dtype := _DTYPES.get(tensors.get_slice(name).get_dtype()):
+                    return dtype
+    return None
 
 
 def left_out(model: "PreTrainedModel", config: "PreTrainedConfig", names: Iterable[str]) -> str | None:

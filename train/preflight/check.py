@@ -4,6 +4,7 @@ Rows are read, encoded and packed as training does it. No weights are loaded and
 """
 
 import dataclasses
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,6 +17,7 @@ from train.data.prepare import examine
 from train.errors import UserError
 from train.loop.checkpoint.manifest import Checkpoint
 from train.loop.checkpoint.resume import get_run_date
+from train.loop.master_weights import master_weights_error, master_weights_note, read_launch
 from train.loop.output_dir import unwritable_files
 from train.model.tokenizer import check_vocabulary, load_chat_tokenizer
 from train.preflight.json_report import write_json
@@ -54,6 +56,9 @@ def check(
         ResumedSettings(checkpoint, recipe).refuse_under_deepspeed(checkpoint)
     chat = load_chat_tokenizer(recipe.model, recipe.chat, get_run_date(checkpoint))
     check_vocabulary(chat.tokenizer, recipe.model, model.embeddings)
+    launch = read_launch(recipe.training, os.environ)
+    master_weights = master_weights_error(recipe, model.dtype, launch) if launch else None
+    note = None if launch else master_weights_note(recipe, model.dtype)
     data = examine(recipe, chat.tokenizer)
 
     side_file_errors: list[str] = []
@@ -68,8 +73,8 @@ def check(
         model.described(recipe),
         chat,
         data,
-        errors=[*side_file_errors, *unwritable_files(recipe, model.side_files)],
-        notes=model.notes,
+        errors=[*filter(None, [master_weights]), *side_file_errors, *unwritable_files(recipe, model.side_files)],
+        notes=[*model.notes, *filter(None, [note])],
         checkpoint=checkpoint.folder if checkpoint else None,
         finished=finished,
         cluster=cluster,

@@ -38,12 +38,14 @@ class ModelFacts:
 
     - `notes`: sentences for the report;
     - `embeddings`: entries of the input embedding;
+    - `dtype`: type of the weights once they are loaded;
     - `quantization`: the section as it reads for weights saved in 4 bits; None = as in the recipe;
     - `side_files`: names of the files that a finished run leaves, if all of them can be written; else empty.
     """
 
     notes: list[str]
     embeddings: int
+    dtype: str
     quantization: dict[str, Any] | None
     side_files: list[str]
 
@@ -65,7 +67,7 @@ def examine_model(recipe: Recipe) -> ModelFacts:
     check_optimizer(recipe)
     described = with_saved_quantization(recipe, load_config(recipe.model))
     saved = described.quantization if described is not recipe else None
-    return ModelFacts(model.notes, model.embeddings, saved.model_dump() if saved else None, [])
+    return ModelFacts(model.notes, model.embeddings, model.dtype, saved.model_dump() if saved else None, [])
 
 
 def passed_checks(recipe: Recipe, key: str | None) -> ModelFacts | None:

@@ -229,16 +229,16 @@ def _float8_warnings(recipe: Recipe) -> list[str]:
 
 
 def _plan(recipe: Recipe, stats: SplitStats, steps: Schedule, cluster: "Cluster") -> "RunPlan":
-    from train.model.architecture import inspect_architecture
     from train.model.load import load_config
+    from train.preflight.plan.candidates import Candidates
     from train.preflight.plan.plan import plan_run
 
     lengths = np.minimum(stats.lengths, recipe.data.max_length)
     if recipe.data.overlong != "truncate":
         lengths = stats.lengths[stats.lengths <= recipe.data.max_length]
+    longest = recipe.data.max_length if recipe.data.packing else int(lengths.max(initial=1))
     return plan_run(
-        recipe,
-        inspect_architecture(recipe, load_config(recipe.model)),
+        Candidates(recipe, load_config(recipe.model), longest),
         cluster,
         lengths,
         steps=steps.steps,

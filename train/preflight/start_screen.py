@@ -34,6 +34,7 @@ def start_screen(
 
     `template`, `system_gain`: their descriptions. `model_notes`: sentences on the model.
     """
+    from train.loop.compilation import compile_warnings
     from train.model.attention.selection import select_attention
     from train.model.float8 import float8_warnings
 
@@ -55,6 +56,7 @@ def start_screen(
     warnings = [
         *find_data_warnings(data),
         *float8_warnings(recipe),
+        *compile_warnings(arguments),
         *schedule_warnings(recipe.training, steps, len(data.train.dataset)),
     ]
     groups = data_parallel(arguments.world_size, recipe.model.sequence_parallel)

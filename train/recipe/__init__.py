@@ -3,6 +3,7 @@
 from train.recipe.schema import (
     TIME,
     AdapterSection,
+    AttentionName,
     ChatSection,
     DataSection,
     GuardsSection,
@@ -24,6 +25,7 @@ from train.recipe.schema import (
 __all__ = [
     "TIME",
     "AdapterSection",
+    "AttentionName",
     "ChatSection",
     "DataSection",
     "GuardsSection",

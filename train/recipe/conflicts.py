@@ -141,6 +141,8 @@ def check_sections(document: Document) -> None:
         _check_float8(document)
     if document.section("model").get("sequence_parallel") not in (None, 1):
         _check_sequence_parallel(document)
+    if document.section("model").get("use_kernels") is True:
+        _check_use_kernels(document)
     targets = document.section("adapter").get("target_modules")
     for index, name in enumerate(targets if isinstance(targets, list) else ()):
         if isinstance(name, str) and name.split(".")[-1] == "lm_head":
@@ -166,8 +168,6 @@ def _check_float8(document: Document) -> None:
 def _check_sequence_parallel(document: Document) -> None:
     """Add an error for what needs all tokens of a sequence, or all logits."""
     key = ("model", "sequence_parallel")
-    if document.section("data").get("packing") is False:
-        document.add_error(key, "padded rows can't be divided. Write `data.packing: true`, or 1 here.")
     training = document.section("training")
     if training.get("neftune_noise_alpha"):
         reason = "the noise of training.neftune_noise_alpha depends on the length of the sequence"
@@ -175,6 +175,16 @@ def _check_sequence_parallel(document: Document) -> None:
     if training.get("label_smoothing_factor") or training.get("loss_type", "nll") not in ("nll", "dft"):
         loss = "label_smoothing_factor" if training.get("label_smoothing_factor") else "loss_type"
         document.add_error(key, f"training.{loss} needs the logits of all tokens. Remove it, or write 1 here.")
+
+
+def _check_use_kernels(document: Document) -> None:
+    key, training = ("model", "use_kernels"), document.section("training")
+    if training.get("use_liger_kernel"):
+        document.add_error(key, "`training.use_liger_kernel` replaces the same layers. Keep one of them.")
+    if training.get("torch_compile"):
+        # hub_kernels.py of transformers 5.23 on RMSNorm: "Not torch.compile friendly"
+        reason = "`training.torch_compile` can't trace these kernels, and fuses the layers itself"
+        document.add_error(key, f"{reason}. Keep one of them.")
 
 
 def check_files(document: Document) -> None:

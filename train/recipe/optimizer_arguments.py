@@ -69,6 +69,11 @@ def allowed_arguments(optimizer: str) -> Arguments:
     return next((arguments for name, arguments in _ARGUMENTS if re.fullmatch(name, optimizer)), {})
 
 
+def uses_bitsandbytes(optimizer: str) -> bool:
+    """Return whether an optimizer is one of bitsandbytes, whose states are quantized in blocks."""
+    return re.fullmatch(_PACKAGES[0][0], optimizer) is not None
+
+
 def optimizer_conflicts(settings: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """Yield each invalid key about the optimizer, with its error.
 

@@ -33,6 +33,29 @@ def _branch(value: object) -> str:
     return "<list>" if isinstance(value, list | tuple) else "<single>"
 
 
+def _name_or_hub(value: object) -> str:
+    """Select the branch of a union of known names and `publisher/kernel` on the hub."""
+    return "<hub>" if isinstance(value, str) and "/" in value else "<single>"
+
+
+AttentionName = Literal[
+    "auto",
+    "flash_attention_4",
+    "flash_attention_3",
+    "flash_attention_2",
+    "torch_varlen",
+    "flex_attention",
+    "sdpa",
+    "eager",
+]
+HubKernelName = Annotated[
+    str,
+    Field(
+        pattern=r"^[\w.-]+/[\w.-]+(@[\w.-]+)?(:\w+)?$",
+        examples=["kernels-community/flash-attn3", "kernels-community/flash-attn2@v4"],
+    ),
+]
+"""A kernel of the hub, by a name that transformers accepts: `publisher/repository[@revision][:function]`."""
 Text = Annotated[str, Field(min_length=1)]
 PathText = Annotated[Text, LocalPath()]
 Texts = Annotated[tuple[Text, ...], Field(strict=False, min_length=1)]  # immutable
@@ -46,27 +69,27 @@ class ModelSection(Section):
     revision: Text | None = None
     """Branch, tag or commit on the hub; null = its main branch."""
     dtype: Literal["bfloat16", "float16", "float32", "auto"] = "bfloat16"
-    """Type of the weights in memory; auto = as saved. In full fine-tuning on one process, AdamW on bfloat16 weights
-    loses small updates; float32 with `training.bf16` keeps master weights."""
-    attention: Literal[
-        "auto",
-        "flash_attention_4",
-        "flash_attention_3",
-        "flash_attention_2",
-        "torch_varlen",
-        "flex_attention",
-        "sdpa",
-        "eager",
+    """Type of the weights in memory; auto = as saved. Full fine-tuning on one process or with DDP needs float32;
+    `training.bf16` computes in bfloat16 all the same. DeepSpeed and FSDP keep float32 copies of 16-bit weights."""
+    allow_16bit_training: bool = False
+    """Train 16-bit weights in full without float32 copies, which is refused otherwise: updates below the last bit of a
+    weight are lost. With AdamW at a learning rate of 5e-6, 92% of the weights never moved in 100 steps."""
+    attention: Annotated[
+        Annotated[AttentionName, Tag("<single>")] | Annotated[HubKernelName, Tag("<hub>")],
+        Discriminator(_name_or_hub),
     ] = "auto"
     """Attention kernel; auto = the fastest available one that supports this model and keeps packed documents isolated
     (the start screen names it, and why faster ones were not selected). torch_varlen = FlashAttention with the kernels
     that torch ships; flash_attention_N require the packages flash-attn-4, flash-attn-3 (built from source) or
-    flash-attn; sdpa and eager compute attention across documents and mask it."""
+    flash-attn; kernels-community/flash-attn3 and others (publisher/kernel, publisher/kernel@revision) = compiled
+    kernels of the hub, through the package kernels; sdpa and eager compute attention across documents and mask it."""
     sequence_parallel: int = Field(default=1, ge=1)
     """GPUs that share each sequence, for sequences too long for one (DeepSpeed-Ulysses, arXiv:2309.14509). Each GPU
     holds the activations of its part of the tokens, and computes attention over all tokens for its part of the heads:
-    the number must divide the GPUs and the attention heads. The loss is that of one GPU, up to rounding. Requires
-    `data.packing`."""
+    the number must divide the GPUs and the attention heads. The loss is that of one GPU, up to rounding."""
+    use_kernels: bool = False
+    """Replace layers (RMSNorm and others) by compiled ones of the hub, as TRL recommends instead of
+    `training.use_liger_kernel`. Requires a GPU and the package kernels, which downloads them."""
     float8: Literal["tensorwise", "rowwise", "rowwise_with_gw_hp"] | None = None
     """Matrix multiplication in float8 by one of torchao's recipes; null = in the type of the weights. Applies to all
     linear layers but the first and the last whose sizes are multiples of 16; weights, gradients and checkpoints keep
@@ -145,7 +168,8 @@ class DataSection(Section):
     overlong: Literal["error", "drop", "truncate"] = "error"
     """Handling of rows longer than `max_length`. Dropped and truncated rows are counted and reported."""
     packing: bool = True
-    """Pack several rows into one sequence of `max_length` tokens; attention does not cross rows."""
+    """Pack several rows into one sequence of `max_length` tokens; attention does not cross rows. false = a sequence
+    is a row; FlashAttention and torch_varlen join the rows of a batch without padding, other kernels pad them."""
     repack: bool = True
     """Pack other rows together in each epoch, as shuffling would; the number of sequences stays the same."""
     on_bad_row: Literal["error", "skip"] = "error"

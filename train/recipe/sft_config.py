@@ -31,7 +31,7 @@ OWNED: dict[str, str] = {
     "truncation_mode": "write `data.overlong`",
     "packing": "write `data.packing`",
     "packing_strategy": "`data.packing` turns packing on or off; it is best-fit over all rows and truncates none",
-    "padding_free": "it follows from `data.packing`",
+    "padding_free": "it follows from `data.packing` and the attention kernel",
     "eval_packing": "`data.packing` applies to validation too",
     "assistant_only_loss": "`chat.train_on` says which tokens are trained",
     "completion_only_loss": "`chat.train_on` says which tokens are trained",

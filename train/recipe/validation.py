@@ -108,7 +108,7 @@ def _add_errors(document: Document, error: ValidationError, prefix: KeyPath, roo
     """Add pydantic's errors to `document`, one per key, with the allowed values and a suggestion."""
     kinds: dict[KeyPath, str] = {}
     for details in error.errors(include_url=False, include_context=False):
-        path = (*prefix, *(part for part in details["loc"] if part not in ("<list>", "<single>")))
+        path = (*prefix, *(part for part in details["loc"] if part not in ("<list>", "<single>", "<hub>")))
         # Below a field of TRL, `loc` holds only names of union branches.
         kinds.setdefault(path[:2] if prefix else path, details["type"])
     for path, kind in kinds.items():

@@ -105,13 +105,19 @@ def hub_unreachable_reason(hub_id: str, kind: Literal["model", "dataset"]) -> st
     folders += [datasets / hub_id.replace("/", "___")] if kind == "dataset" else []
     if any(folder.exists() for folder in folders):
         return None
+    if reason := hub_offline_reason():
+        return f"it is not in the cache of the Hugging Face hub ({hub}), and the hub is unreachable: {reason}"
+    return None
+
+
+def hub_offline_reason() -> str | None:
+    """Return why nothing can be downloaded from the Hugging Face hub; None where it may be reachable."""
+    from huggingface_hub import constants
+
     if constants.HF_HUB_OFFLINE:
-        reason = "HF_HUB_OFFLINE is set"
-    elif not _resolves(host := urlsplit(constants.ENDPOINT).hostname or ""):
-        reason = f"{host} can't be resolved from this machine"
-    else:
-        return None
-    return f"it is not in the cache of the Hugging Face hub ({hub}), and the hub is unreachable: {reason}"
+        return "HF_HUB_OFFLINE is set"
+    host = urlsplit(constants.ENDPOINT).hostname or ""
+    return None if _resolves(host) else f"{host} can't be resolved from this machine"
 
 
 def _resolves(host: str) -> bool:

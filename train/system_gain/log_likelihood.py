@@ -75,7 +75,7 @@ def compute_log_likelihoods(
     spans = [piece.trained.tolist() for piece in rows]
     # The first token of a row has no prefix to predict it from; it is never part of an answer.
     targets = [np.concatenate([np.arange(max(a, 1), b) for a, b in of_row] or [np.arange(0)]) for of_row in spans]
-    bare = accelerator.unwrap_model(model) if accelerator else model
+    bare = accelerator.unwrap_model(model, keep_torch_compile=False) if accelerator else model
     head = bare.get_output_embeddings()
     vocabulary = bare.config.get_text_config().vocab_size
     cached = cached or {}

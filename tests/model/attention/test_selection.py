@@ -24,11 +24,11 @@ def auto(needs: Needs = LLAMA, capability: tuple[int, int] | None = HOPPER, inst
 def test_the_fastest_first() -> None:
     assert auto() == "flash_attention_3"
     assert auto(capability=BLACKWELL) == "flash_attention_4"
-    assert auto(capability=A100) == (
-        "flash_attention_2: flash_attention_4 does not run on compute capability 8.0; "
-        "flash_attention_3 is for Hopper, not for compute capability 8.0"
+    assert auto(capability=A100) == "flash_attention_2"
+    assert auto(installed={"flash_attention_2"}) == (
+        "flash_attention_2: flash_attention_3 needs the package flash-attn-3, which is not installed; "
+        "flash_attention_4 needs the package flash-attn-4, which is not installed"
     )
-    assert auto(installed={"flash_attention_2"}).startswith("flash_attention_2: ")
 
 
 def test_without_packages_torchs_own_kernels() -> None:
@@ -72,6 +72,14 @@ def test_limits_of_torchs_own_kernels(needs: dict, machine: dict, chosen: str, r
     line = auto(replace(LLAMA, **needs), installed=(), **machine)
     assert line.startswith(f"{chosen}: ")
     assert reason in line
+
+
+def test_a_kernel_of_the_hub_that_is_cached_and_blocked_is_a_reason() -> None:
+    compiled, reason = "kernels-community/flash-attn2", "is in the cache of the hub, but"
+    here = Machine(A100, frozenset(), blocked={compiled: reason})
+    assert str(choose_attention("auto", LLAMA, here)) == f"torch_varlen: {compiled} {reason}"
+    with pytest.raises(UserError, match=f"^model.attention: {compiled} {reason}"):
+        choose_attention(compiled, LLAMA, here)
 
 
 def test_dropout_needs_flash_attention_2() -> None:
@@ -181,11 +189,19 @@ def test_the_dtype_of_attention(dtype: str, training: dict, expected: str, recip
     assert attention_needs(recipe, transformers.LlamaConfig(dtype="float16")).dtype == expected
 
 
-def test_attention_sinks_do_not_exclude_flash_attention(recipe_file: Callable[..., Path]) -> None:
-    """gpt-oss names the only FlashAttention that supports its sinks."""
+def test_attention_sinks_leave_the_kernels_that_the_model_allows(recipe_file: Callable[..., Path]) -> None:
+    """transformers would replace another FlashAttention by the first on gpt-oss's list, which has no backward."""
     needs = attention_needs(load_recipe(recipe_file(training={"bf16": True})), transformers.GptOssConfig())
-    assert not needs.flash
-    assert auto(needs).startswith("flex_attention: ")
+    assert needs.sinks
+    assert "flash_attention_4" in needs.only
+    assert auto(needs).startswith(
+        "flash_attention_4: flash_attention_3 is not among the kernels that this model's code"
+    )
+    assert auto(needs, installed=ALL - {"flash_attention_4"}).startswith("flex_attention: ")
+    with pytest.raises(UserError, match=r"kernels-community/flash-attn3 is not among the kernels .* Write `auto`"):
+        choose_attention(
+            "kernels-community/flash-attn3", needs, Machine(HOPPER, ALL | {"kernels-community/flash-attn3"})
+        )
 
 
 def test_requirements_of_a_model_with_its_own_code(recipe_file: Callable[..., Path]) -> None:

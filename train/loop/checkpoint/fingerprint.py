@@ -21,10 +21,13 @@ _UNORDERED = {"adapter.target_modules", "adapter.modules_to_save"}
 """Keys whose lists are equal in any order."""
 DATA_KEYS = {"data.sources", "data.validation"}
 """Keys whose paths don't matter if the tokens of their rows are recorded."""
+_PERMISSIONS = {"model.allow_16bit_training"}
+"""Keys that only allow a run to start."""
 RESUMABLE_CHANGES = {
     "data.cache_dir",
     "data.processes",
     "model.attention",
+    "model.use_kernels",
     "made.template",
     *(
         f"training.{name}"
@@ -49,7 +52,7 @@ def run_fingerprint(recipe: Recipe) -> dict[str, Any]:
     for section, values in sections.items():
         for key, value in values.items() if isinstance(values, dict) else [("", values)]:
             flat[f"{section}.{key}".rstrip(".")] = value
-    return {key: value for key, value in flat.items() if key not in BATCH_KEYS}
+    return {key: value for key, value in flat.items() if key not in (*BATCH_KEYS, *_PERMISSIONS)}
 
 
 def data_fingerprint(data: "PreparedData", tokenizer: "PreTrainedTokenizerBase") -> dict[str, Any]:

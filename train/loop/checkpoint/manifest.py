@@ -7,7 +7,7 @@ and the size and checksum of each file.
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,11 +53,20 @@ def parse_step(folder: Path) -> int:
 
 def verify_checkpoint(folder: Path) -> Checkpoint | str:
     """Return the checkpoint if every file matches the manifest; else a sentence that says what is wrong."""
+    checkpoint = open_checkpoint(folder)
+    if isinstance(checkpoint, str):
+        return checkpoint
+    mismatch = find_mismatch(checkpoint, checkpoint.manifest["files"])
+    return checkpoint if mismatch is None else describe_mismatch(checkpoint, mismatch)
+
+
+def open_checkpoint(folder: Path) -> Checkpoint | str:
+    """Return the checkpoint if its manifest is valid, without reading the files; else a sentence that says why not."""
     try:
         manifest = json.loads((folder / COMPLETE).read_text(encoding="utf-8"))
         if manifest["digest"] != compute_digest(manifest):
             return f"{folder / COMPLETE} is damaged."
-        files, step = manifest["files"], manifest["step"]
+        step, _ = manifest["step"], manifest["files"]
     except FileNotFoundError:
         problem = "is incomplete" if folder.is_dir() else "does not exist or is not a checkpoint"
         return f"{folder} {problem}: it has no {COMPLETE}."
@@ -65,12 +74,24 @@ def verify_checkpoint(folder: Path) -> Checkpoint | str:
         return f"{folder / COMPLETE} is damaged ({error or type(error).__name__})."
     if parse_step(folder) not in (-1, step):
         return f"{folder} holds step {step}: rename it to checkpoint-{step}."
-    with progress_bar(f"checking {folder.name}", total=len(files), unit="files") as progress:
-        for name, expected in files.items():
-            if describe_file(folder / name, expected=expected) != expected:
-                return f"{folder / name} is {'damaged' if (folder / name).is_file() else 'missing'}."
-            progress.advance()
     return Checkpoint(folder, manifest)
+
+
+def find_mismatch(checkpoint: Checkpoint, names: Collection[str]) -> str | None:
+    """Return the first of these files that is missing or differs from the manifest; None if all match."""
+    with progress_bar(f"checking {checkpoint.folder.name}", total=len(names), unit="files") as progress:
+        for name in names:
+            expected = checkpoint.manifest["files"][name]
+            if describe_file(checkpoint.folder / name, expected=expected) != expected:
+                return name
+            progress.advance()
+    return None
+
+
+def describe_mismatch(checkpoint: Checkpoint, name: str) -> str:
+    """Return a sentence about a file that `find_mismatch` returned."""
+    path = checkpoint.folder / name
+    return f"{path} is {'damaged' if path.is_file() else 'missing'}."
 
 
 def read_checkpoint(folder: Path) -> Checkpoint:

@@ -21,7 +21,8 @@ from train.loop.checkpoint.fingerprint import (
     records_tokens,
     run_fingerprint,
 )
-from train.loop.checkpoint.manifest import Checkpoint, list_checkpoints, verify_checkpoint
+from train.loop.checkpoint.joint_verification import Verify, has_peers, verify_alone, verify_jointly
+from train.loop.checkpoint.manifest import Checkpoint, list_checkpoints
 from train.ranks import is_first_rank
 from train.recipe import Recipe
 from train.recipe.conflicts import is_gain_metric
@@ -42,17 +43,24 @@ _ADAPTER_WEIGHTS = ("adapter.r", "adapter.target_modules", "adapter.use_dora", "
 """Keys that decide which weights an adapter has."""
 
 
-def find_checkpoint(resume: str, recipe: Recipe, anyway: Sequence[str] = ()) -> Checkpoint | None:
+def find_checkpoint(
+    resume: str, recipe: Recipe, anyway: Sequence[str] = (), *, jointly: bool = False
+) -> Checkpoint | None:
     """Return the checkpoint that `--resume auto|never|DIR` selects; None to start from the beginning.
 
     `auto` selects the newest complete one in output_dir or save.mirror_dir, and reports newer ones that it skips.
-    `anyway`: keys that may differ from those of its run.
+    `anyway`: keys that may differ from those of its run. `jointly`: all ranks of the launch call this, and each reads
+    its share of the files.
     Raises UserError if DIR is not a complete checkpoint, if none of several is complete, if the checkpoint has no
     optimizer, has other weights than this run trains or belongs to another run, and for an unknown key in `anyway`.
     """
     if resume == "never":
         return None
-    checkpoint = _find_newest(recipe) if resume == "auto" else verify_checkpoint(Path(resume))
+    verify = verify_jointly if jointly and has_peers() else verify_alone
+    if resume == "auto":
+        checkpoint = _find_newest(recipe, verify)
+    else:
+        (checkpoint,) = verify([Path(resume)])
     if isinstance(checkpoint, str):
         raise UserError(
             f"--resume {resume}: {checkpoint} Write the folder of a complete checkpoint, move the others away, or "
@@ -77,11 +85,10 @@ def find_checkpoint(resume: str, recipe: Recipe, anyway: Sequence[str] = ()) -> 
     return checkpoint
 
 
-def _find_newest(recipe: Recipe) -> Checkpoint | str | None:
+def _find_newest(recipe: Recipe, verify: Verify) -> Checkpoint | str | None:
     """Return the newest complete checkpoint; None if there are none; a sentence if none of them is complete."""
     skipped: list[str] = []
-    for folder in list_checkpoints(recipe.output_dir, recipe.save.mirror_dir):
-        checkpoint = verify_checkpoint(folder)
+    for checkpoint in verify(list_checkpoints(recipe.output_dir, recipe.save.mirror_dir)):
         if isinstance(checkpoint, Checkpoint):
             if skipped and is_first_rank():
                 print(f"skipped: {' '.join(skipped)}", flush=True)

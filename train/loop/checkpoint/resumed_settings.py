@@ -28,6 +28,7 @@ from train.loop.checkpoint.fingerprint import changed_keys, get_value, run_finge
 from train.loop.checkpoint.manifest import Checkpoint
 from train.ranks import is_first_rank
 from train.recipe import Recipe
+from train.recipe.optimizer_arguments import uses_bitsandbytes
 
 _GROUP_SETTINGS = {
     "training.learning_rate": {"lr", "initial_lr"},
@@ -73,8 +74,21 @@ class ResumedSettings:
         self._groups: list[dict[str, Any]] = []
         self._schedule: dict[str, Any] = {}
 
-    def refuse_under_deepspeed(self, checkpoint: Checkpoint) -> None:
-        """Raise UserError for an optimizer that DeepSpeed, if it wrote the checkpoint, can't start in mid-run."""
+    def refuse_under_deepspeed(self, checkpoint: Checkpoint, processes: int | None = None) -> None:
+        """Raise UserError for an optimizer that DeepSpeed, if it wrote the checkpoint, can't continue in this run.
+
+        `processes`: those of this run, if they are known: DeepSpeed's converter can't join the partitions of
+        bitsandbytes' states for other processes, as they are quantized in blocks.
+        """
+        optimizer, before = self._name(self._before), checkpoint.manifest["processes"]
+        partitioned = checkpoint.manifest["distribution"].startswith("DeepSpeed") and before != (processes or before)
+        if partitioned and uses_bitsandbytes(optimizer):
+            raise UserError(
+                f"--resume: {checkpoint.folder} was written by {before} processes, and the states of its optimizer, "
+                f"{optimizer}, can't be converted for {processes}: only Adam's in full precision can. Resume with "
+                f"{before} processes, or begin a new run with the checkpoint's weights: "
+                f"`model.name_or_path={checkpoint.folder}`, `--resume never` and another output_dir."
+            )
         if self.fresh_states and checkpoint.manifest["distribution"].startswith("DeepSpeed"):
             raise UserError(
                 f"--resume: {checkpoint.folder} holds the optimizer {self._name(self._before)}, and this run has "

@@ -135,6 +135,7 @@ class CheckpointWriter:
             if is_first_rank():
                 self._delete_older(name, best)
                 self._mirror(self._folder / name, {name, best})
+            self._ranks.wait_for_everyone()
             return True
         if is_first_rank():
             shutil.rmtree(self.staging_dir, ignore_errors=True)

@@ -4,6 +4,8 @@ It runs on the model that is trained, in the way it is trained: isolation depend
 cache and the model's own code. Leaking packs have gone unnoticed in other trainers (trl#1230, #3910; torchtune#892).
 
     pack       [ first | second | third ]      loss of `second` must not change when `first` is replaced
+
+Rows that are not packed are tested too, where those of a batch are joined.
 """
 
 import itertools
@@ -18,6 +20,7 @@ from train.data.dataset import PackedDataset
 from train.errors import UserError
 from train.loop.batch_info import BATCH_INFO
 from train.loop.sequence_slice import gather_slices
+from train.model.attention.document_borders import takes_borders
 from train.model.float8 import without_float8
 from train.model.inference import evaluation_mode
 from train.ranks import is_first_rank
@@ -66,8 +69,9 @@ class Isolation:
 class PackingIsolationTest(TrainerCallback):
     """Runs the test when training begins: the model is wrapped for its processes by then."""
 
-    def __init__(self, trainer: SFTTrainer) -> None:
-        self._trainer = trainer
+    def __init__(self, trainer: SFTTrainer, documents: str) -> None:
+        """`documents`: their name in the line that reports the test."""
+        self._trainer, self._documents = trainer, documents
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -79,7 +83,8 @@ class PackingIsolationTest(TrainerCallback):
         failed = torch.tensor([error is not None], device=args.device)
         if trainer.accelerator.gather(failed).any():
             kernel = trainer.model.config._attn_implementation
-            remedy = "Write another kernel (`auto` selects one), or `data.packing: false`"
+            padded = "`sdpa` with `data.packing: false`" if takes_borders(trainer.model) else "`data.packing: false`"
+            remedy = f"Write another kernel (`auto` selects one), or {padded}"
             if trainer.sequence_group is not None:
                 kernel, remedy = f"{kernel} (sequence_parallel)", "Write `model.sequence_parallel: 1`"
             raise UserError(
@@ -88,8 +93,8 @@ class PackingIsolationTest(TrainerCallback):
             )
         if is_first_rank():
             print(
-                f"packed documents are isolated: replacing one changes the loss of the next by {isolation.change:.2g} "
-                f"(complete leak: {isolation.leak:.2g})",
+                f"{self._documents} are isolated: replacing one changes the loss of the next by "
+                f"{isolation.change:.2g} (complete leak: {isolation.leak:.2g})",
                 flush=True,
             )
 

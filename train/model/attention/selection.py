@@ -2,61 +2,49 @@
 
 import importlib.metadata
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
 
 import torch
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PretrainedConfig
+from transformers.integrations.hub_kernels import is_kernel
 
 from train.errors import UserError
 from train.model.attention import torch_varlen as varlen
 from train.model.attention.kernel_test import check_kernel
+from train.model.attention.limits import (
+    DISTRIBUTIONS,
+    HUB_KERNELS,
+    ROCM_HUB_KERNELS,
+    Machine,
+    Needs,
+    missing,
+    objection,
+)
+from train.model.hub_kernels import is_cached, is_trusted, parse_hub_kernel, remedy, unavailable_reason
 from train.recipe import Recipe
 
-_DISTRIBUTIONS = {  # keys: transformers' names
-    "flash_attention_4": "flash-attn-4",
-    "flash_attention_3": "flash-attn-3",
-    "flash_attention_2": "flash-attn",
-}
-_INSTALL = {  # FlashAttention, the newest first: it skips what other kernels compute and mask
+__all__ = ["AttentionChoice", "Machine", "Needs", "attention_needs", "choose_attention", "machine", "select_attention"]
+
+_INSTALL = {
     "flash_attention_4": "Install it with `pip install --pre flash-attn-4`",
     "flash_attention_3": "Build it from the folder hopper of https://github.com/Dao-AILab/flash-attention",
     "flash_attention_2": "Install it with `pip install flash-attn --no-build-isolation`",
     varlen.NAME: "Install it with `pip install 'torch>=2.10'`",
 }
-
-
-@dataclass(frozen=True)
-class Needs:
-    """Requirements of a model and its recipe on an attention kernel."""
-
-    head_size: int
-    dtype: str
-    """Type of queries, keys and values: under autocast not that of the weights."""
-    groups: int = 1
-    """Query heads per key-value head."""
-    sliding_window: int | None = None
-    softcap: float | None = None
-    dropout: float = 0.0
-    flash: bool = True
-    """Support of FlashAttention by the architecture's code in transformers; so for the three below."""
-    registered: bool = True
-    """Use of transformers' AttentionInterface, where torch_varlen is registered; other code ignores it."""
-    flex: bool = True
-    sdpa: bool = True
-
-
-@dataclass(frozen=True)
-class Machine:
-    """Capabilities of this process."""
-
-    capability: tuple[int, int] | None
-    """CUDA's compute capability, (9, 0) for an H100; None without a CUDA device."""
-    installed: frozenset[str]
-    """Kernels whose package is installed."""
-    varlen_takes: frozenset[str] = frozenset({"scale", "window_size"})
-    """Parameters of torch's own kernel for variable lengths; empty = this torch has no such kernel."""
+_FASTEST_FIRST = {
+    # flash-attention-3 was written for Hopper (arXiv:2407.08608): 740 of 990 TFLOP/s, 1.5 to 2 times its predecessor.
+    # Version 4 is as fast there (ecmwf/anemoi-core#959, H100, forward and backward: 74.3 and 74.1 ms, version 2 142.3),
+    # but not yet for variable lengths (pytorch/torchtitan#4413), nor for head size 256 (flash-attention#2878).
+    9: ("flash_attention_3", "flash_attention_4", "flash_attention_2"),
+    # "FlashAttention-4 is ... for Hopper and Blackwell GPUs" (its README): those of data centres, 10.x and 11.x.
+    10: ("flash_attention_4", "flash_attention_2"),
+    11: ("flash_attention_4", "flash_attention_2"),
+    # 12.x has the instructions of 8.0; version 4's kernels for it are still being completed (flash-attention#2634).
+    12: ("flash_attention_2", "flash_attention_4"),
+}
+"""FlashAttention by the major number of the compute capability; others have version 2 only. Not measured by us."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +57,12 @@ class AttentionChoice:
     def __str__(self) -> str:
         """Return the line of the start screen."""
         return ": ".join(filter(None, (self.kernel, "; ".join(self.reasons))))
+
+    @property
+    def load_arguments(self) -> dict[str, object]:
+        """Arguments of `from_pretrained`; a kernel of another publisher is one that the recipe trusts."""
+        foreign = is_kernel(self.kernel) and not is_trusted(self.kernel)
+        return {"attn_implementation": self.kernel, **({"allow_all_kernels": True} if foreign else {})}
 
 
 def select_attention(recipe: Recipe, config: PretrainedConfig) -> AttentionChoice:
@@ -90,15 +84,18 @@ def attention_needs(recipe: Recipe, config: PretrainedConfig) -> Needs:
         architecture is None and recipe.model.attention != "auto"
     )  # code that comes with a model: the user knows it
     shared_heads = getattr(text, "num_key_value_heads", None)
-    only_flash = getattr(architecture, "_compatible_flash_implementations", None)
+    only = getattr(architecture, "_compatible_flash_implementations", None)
     return Needs(
         head_size=size,
         dtype=_dtype(recipe, config),
         groups=heads // shared_heads if isinstance(shared_heads, int) and shared_heads else 1,
         sliding_window=getattr(text, "sliding_window", None),
         softcap=getattr(text, "attn_logit_softcapping", None),
+        sinks=only is not None,  # in transformers 5.23 the models with such a list, because most kernels have no sinks
         dropout=getattr(text, "attention_dropout", 0.0) or 0.0,
-        flash=bool(getattr(architecture, "_supports_flash_attn", trusted)) and only_flash is None,
+        only=None if only is None else tuple(only),
+        trust_remote_code=recipe.model.trust_remote_code,
+        flash=bool(getattr(architecture, "_supports_flash_attn", trusted)),
         registered=bool(getattr(architecture, "_supports_attention_backend", trusted)),
         flex=bool(getattr(architecture, "_supports_flex_attn", trusted)),
         sdpa=bool(getattr(architecture, "_supports_sdpa", True)),
@@ -122,8 +119,16 @@ def machine() -> Machine:
     if torch.cuda.is_available():
         device = int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count()
         capability = torch.cuda.get_device_capability(device)
-    installed = {kernel for kernel, distribution in _DISTRIBUTIONS.items() if _is_installed(distribution)}
-    return Machine(capability, frozenset(installed), varlen.kernel_parameters())
+    installed = {kernel for kernel, distribution in DISTRIBUTIONS.items() if _is_installed(distribution)}
+    in_hub = {name: parse_hub_kernel(name) for name in (*HUB_KERNELS.values(), *ROCM_HUB_KERNELS.values())}
+    cached = {name: unavailable_reason(kernel) for name, kernel in in_hub.items() if is_cached(kernel)}
+    return Machine(
+        capability,
+        frozenset(installed | {name for name, reason in cached.items() if reason is None}),
+        varlen.kernel_parameters(),
+        {name: reason for name, reason in cached.items() if reason is not None},
+        rocm=torch.version.hip is not None,
+    )
 
 
 def _is_installed(distribution: str) -> bool:
@@ -143,6 +148,7 @@ def _check_once(kernel: str, needs: Needs) -> str | None:
         dtype=getattr(torch, needs.dtype),
         window=needs.sliding_window,
         softcap=needs.softcap,
+        sinks=needs.sinks,
         device=torch.device("cuda", torch.cuda.current_device()),
     )
 
@@ -154,8 +160,9 @@ def choose_attention(
 
     `auto` takes the first of these that supports the model on this machine; all keep packed documents apart:
 
-    1. FlashAttention 3 on Hopper, for which it was written (arXiv:2407.08608);
-    2. FlashAttention 4, 3, 2, then torch's own kernels for variable lengths;
+    1. the versions of FlashAttention for this device, the fastest first: each as an installed package, else as a kernel
+       of the hub where that is in the cache (nothing is downloaded);
+    2. torch's own FlashAttention kernels for variable lengths;
     3. PyTorch's scaled-dot-product attention;
     4. for scores that it can't compute (soft-capping, attention sinks) flex_attention, which has to be compiled, or
        eager attention without a CUDA device.
@@ -166,86 +173,47 @@ def choose_attention(
     varlen.register()
 
     def failure_of(kernel: str) -> str | None:
-        if check is None or here.capability is None or kernel not in _INSTALL:
+        if check is None or here.capability is None or not (kernel in _INSTALL or is_kernel(kernel)):
             return None
         failure = check(kernel, needs)
         return f"fails here: {failure}" if failure else None
 
     if choice != "auto":
-        if reason := _objection(choice, needs, here) or failure_of(choice):
-            is_missing = choice in _INSTALL and _missing(choice, here)
-            remedy = f"{_INSTALL[choice]}, or write" if is_missing else "Write"
-            raise UserError(f"model.attention: {choice} {reason}. {remedy} `auto`.")
+        if reason := objection(choice, needs, here) or failure_of(choice):
+            raise UserError(f"model.attention: {choice} {reason}. {_remedy(choice, needs, here)} `auto`.")
         return AttentionChoice(choice)
-    first = ["flash_attention_3"] if here.capability and here.capability[0] == 9 else []
-    order, reasons = [*dict.fromkeys([*first, *_INSTALL]), "sdpa", "flex_attention"], []
+    order, reasons = [*_flash_kernels(here), varlen.NAME, "sdpa", "flex_attention"], []
     if here.capability is None:
         order, reasons = ["sdpa"], ["FlashAttention needs a CUDA device"]
     for kernel in order:
-        reason = _objection(kernel, needs, here) or failure_of(kernel)
+        reason = objection(kernel, needs, here) or failure_of(kernel)
         if reason is None:
             return AttentionChoice(kernel, tuple(reasons))
         reasons.append(f"{kernel} {reason}")
     return AttentionChoice("eager", tuple(reasons))
 
 
-def _objection(kernel: str, needs: Needs, here: Machine) -> str | None:
-    """Return why `kernel` can't be used, as a continuation of its name; None if it can."""
-    if kernel == "eager":
-        return None
-    if kernel == "sdpa":
-        if needs.softcap:
-            return "does not support soft-capping of scores, which this model uses"
-        return None if needs.sdpa else "is not supported by this model's code"
-    if kernel == "flex_attention":
-        if not needs.flex:
-            return "is not supported by this model's code"
-        if needs.dropout:
-            return f"does not support dropout, and this model's attention_dropout is {needs.dropout}"
-        return None if here.capability else "needs a CUDA device, and there is none"  # no backward on a CPU
-    if missing := _missing(kernel, here):
-        return missing
-    if here.capability is None:
-        return "needs a CUDA device, and there is none"
-    return _flash_objection(kernel, needs, here.capability, here)
+def _flash_kernels(here: Machine) -> Iterator[str]:
+    """Yield the FlashAttention kernels for this device, the fastest first: packages, and what the cache has of the hub.
+
+    flash-attn for AMD's GPUs is ROCm's (its composable-kernel and Triton backends are part of the package since 2.7);
+    there is no version 3 or 4 of it.
+    """
+    major = here.capability[0] if here.capability and not here.rocm else 0
+    in_hub = ROCM_HUB_KERNELS if here.rocm else HUB_KERNELS
+    for version in _FASTEST_FIRST.get(major, ("flash_attention_2",)):
+        compiled = in_hub[version]
+        in_cache = compiled in here.installed or compiled in here.blocked
+        if version in here.installed or not in_cache:
+            yield version
+        if in_cache:
+            yield compiled
 
 
-def _missing(kernel: str, here: Machine) -> str | None:
-    if kernel == varlen.NAME:
-        return None if here.varlen_takes else "needs a newer torch, which is not installed"
-    return None if kernel in here.installed else f"needs the package {_DISTRIBUTIONS[kernel]}, which is not installed"
-
-
-def _flash_objection(kernel: str, needs: Needs, capability: tuple[int, int], here: Machine) -> str | None:
-    """Return why this FlashAttention can't be used (sources: transformers' checks, the READMEs of flash-attention)."""
-    major = capability[0]
-    generation = f"compute capability {capability[0]}.{capability[1]}"
-    if not needs.flash or (kernel == varlen.NAME and not needs.registered):
-        return "is not supported by this model's code"
-    if needs.dtype not in ("bfloat16", "float16"):
-        return f"computes in 16 bits, not in {needs.dtype}"
-    if needs.head_size > 256:
-        return f"supports head sizes up to 256, not {needs.head_size}"
-    if major < (9 if kernel == "flash_attention_4" else 8):
-        return f"does not run on {generation}"
-    if kernel == "flash_attention_3" and major != 9:
-        return f"is for Hopper, not for {generation}"
-    if needs.dropout and kernel != "flash_attention_2":
-        return f"does not support dropout, and this model's attention_dropout is {needs.dropout}"
-    if kernel == varlen.NAME:
-        return _varlen_objection(needs, capability, here)
-    return None
-
-
-def _varlen_objection(needs: Needs, capability: tuple[int, int], here: Machine) -> str | None:
-    if needs.head_size % 8:
-        return f"supports head sizes that are multiples of 8, not {needs.head_size}"
-    if needs.softcap:
-        return "does not support soft-capping of scores, which this model uses"
-    if needs.sliding_window and "window_size" not in here.varlen_takes:
-        window = f"and this model's is {needs.sliding_window}"
-        return f"does not support a sliding window with torch {torch.__version__}, {window}"
-    # torch's sdp_utils.cpp: no backward for these sizes where shared memory is small
-    if 192 < needs.head_size <= 224 and capability in ((8, 6), (8, 9), (12, 0), (12, 1)):
-        return f"has no backward for head size {needs.head_size} on compute capability {capability[0]}.{capability[1]}"
-    return None
+def _remedy(choice: str, needs: Needs, here: Machine) -> str:
+    """Return the beginning of a sentence that ends with what to write instead."""
+    if is_kernel(choice) and not is_trusted(choice) and not needs.trust_remote_code:
+        return "Read it; if you trust it, write `model.trust_remote_code: true` too, or write"
+    if not (is_kernel(choice) or choice in _INSTALL) or not missing(choice, here):
+        return "Write"
+    return f"{remedy(parse_hub_kernel(choice)) if is_kernel(choice) else _INSTALL[choice]}, or write"

@@ -8,7 +8,6 @@ The name of torch's has not, so its output would be computed again.
 """
 
 import importlib.util
-from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -26,32 +25,45 @@ def register() -> None:
     AttentionMaskInterface.register(NAME, flash_attention_mask)
 
 
-@cache
-def find_torch_kernel() -> tuple[Any, Any] | None:
-    """torch's operators, forward and backward; None where it has none."""
+class Kernel(NamedTuple):
+    """torch's operators, and the names of their parameters, which differ between 2.10, 2.11 and 2.13."""
+
+    forward: Any
+    backward: Any
+    forward_parameters: frozenset[str]
+    backward_parameters: frozenset[str]
+
+    @staticmethod
+    def from_operators(forward: Any, backward: Any) -> "Kernel":
+        """Read the parameters from the operators' schemas."""
+        schemas = ({argument.name for argument in operator._schema.arguments} for operator in (forward, backward))
+        return Kernel(forward, backward, *map(frozenset, schemas))
+
+
+def _find_kernel() -> Kernel | None:
+    """Return torch's kernel; None where it has none."""
     if importlib.util.find_spec("torch.nn.attention.varlen") is None:
         return None
     import torch.nn.attention.varlen  # registers them
 
     operators = torch.ops.torch_attn
     forward, backward = (getattr(operators, name, None) for name in ("_varlen_attn", "_varlen_attn_backward"))
-    return (forward.default, backward.default) if forward and backward else None
+    return Kernel.from_operators(forward.default, backward.default) if forward and backward else None
+
+
+KERNEL = _find_kernel()
+"""torch's kernel. A constant, as torch.compile can't read an operator's schema: doing so in each call ended the graph
+in every layer."""
 
 
 def kernel_parameters() -> frozenset[str]:
-    """Return the parameters of torch's kernel, which differ between 2.10, 2.11 and 2.13; empty without a kernel."""
-    kernel = find_torch_kernel()
-    return frozenset(_parameters(kernel[0])) if kernel else frozenset()
+    """Return the parameters of torch's forward operator; empty without a kernel."""
+    return KERNEL.forward_parameters if KERNEL else frozenset()
 
 
-def _parameters(operator: Any) -> list[str]:
-    return [argument.name for argument in operator._schema.arguments]
-
-
-def _call(operator: Any, **offered: Any) -> Any:
+def _call(operator: Any, parameters: frozenset[str], **offered: Any) -> Any:
     """Call the operator with those of the arguments that it accepts."""
-    accepted = _parameters(operator)
-    return operator(**{name: value for name, value in offered.items() if name in accepted})
+    return operator(**{name: value for name, value in offered.items() if name in parameters})
 
 
 class Documents(NamedTuple):
@@ -118,7 +130,10 @@ def attention(
         of_keys = _of_equal(batch, key_tokens, query.device)
 
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    window = sliding_window if sliding_window is not None and of_keys.longest > sliding_window else None
+    # FlashAttention-2 itself ignores a window longer than all documents (flash_api.cpp: `window_size_left >=
+    # max_seqlen_k`). Where it must not be passed at all is decided here: torch.compile would compile both cases.
+    needs_window = "window_size" in kernel_parameters() or sliding_window is None or of_keys.longest > sliding_window
+    window = sliding_window if needs_window else None
     scale = size**-0.5 if scaling is None else scaling
     output = flash_varlen(query, key, value, of_queries, of_keys, scale=scale, causal=causal, window=window)
     if unpadded is not None:
@@ -173,12 +188,12 @@ def _forward(
     window_size: list[int],
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Call the operator of torch.nn.attention.varlen.varlen_attn: output, log-sum-exp, and an unused random state."""
-    kernel = find_torch_kernel()
-    assert kernel is not None, f"torch {torch.__version__} has no kernel for variable lengths"
+    assert KERNEL is not None, f"torch {torch.__version__} has no kernel for variable lengths"
     return _call(
-        kernel[0], query=query, key=key, value=value, cu_seq_q=cu_seq_q, cu_seq_k=cu_seq_k, max_q=max_q, max_k=max_k,
-        is_causal=window_size == [-1, 0],
-        scale=scale, window_size=window_size, enable_gqa=query.shape[1] != key.shape[1],
+        KERNEL.forward, KERNEL.forward_parameters,
+        query=query, key=key, value=value, cu_seq_q=cu_seq_q, cu_seq_k=cu_seq_k, max_q=max_q, max_k=max_k,
+        is_causal=window_size == [-1, 0], scale=scale, window_size=window_size,
+        enable_gqa=query.shape[1] != key.shape[1],
     )  # fmt: skip
 
 
@@ -192,12 +207,12 @@ def _save_for_backward(
 def _backward(ctx: Any, gradient: torch.Tensor, *_: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     query, key, value, cu_seq_q, cu_seq_k, out, lse, rng_state = ctx.saved_tensors
     max_q, max_k, scale, window_size = ctx.numbers
-    kernel = find_torch_kernel()
-    assert kernel is not None
+    assert KERNEL is not None
     gradients = _call(
-        kernel[1], grad_out=gradient, query=query, key=key, value=value, out=out, lse=lse, cu_seq_q=cu_seq_q,
-        cu_seq_k=cu_seq_k, max_q=max_q, max_k=max_k, is_causal=window_size == [-1, 0], rng_state=rng_state,
-        scale=scale, window_size=window_size,
+        KERNEL.backward, KERNEL.backward_parameters,
+        grad_out=gradient, query=query, key=key, value=value, out=out, lse=lse, cu_seq_q=cu_seq_q, cu_seq_k=cu_seq_k,
+        max_q=max_q, max_k=max_k, is_causal=window_size == [-1, 0], rng_state=rng_state, scale=scale,
+        window_size=window_size,
     )  # fmt: skip
     return (*gradients, None, None, None, None, None, None)
 

@@ -1,35 +1,37 @@
-"""Bytes that a forward and backward pass hold: activations, and TRL's fused output layer."""
+"""Bytes that a forward and backward pass hold, from traces of a few layers."""
 
 from typing import Literal, NamedTuple
 
+import numpy as np
+import torch
+from numpy.typing import NDArray
 from transformers import PreTrainedConfig
 
-from train.model.architecture import Architecture, inspect_architecture
+from train.errors import UserError
+from train.preflight.plan.fused_head import TOKEN_CHUNK
+from train.preflight.plan.step_trace import Segment, trace_step
+from train.preflight.plan.traced_model import (
+    LayerKinds,
+    build_inputs,
+    build_model,
+    choose_kernel,
+    classify_layers,
+    fake_tensors,
+    find_layers,
+    is_flash,
+    prepare_training,
+)
 from train.recipe import Recipe
 
 Checkpointing = Literal["none", "selective", "full"]
-
-TOKEN_CHUNK, VOCABULARY_CHUNK = 4_096, 32_768
-"""Size of TRL's tiles of logits: TOKEN_CHUNK_SIZE in trl/kernels/chunked_logprob.py and _CHUNKED_LOGPROB_CHUNK_SIZE in
-trl/trainer/utils.py (1.16)."""
-
-
-class Precision(NamedTuple):
-    """Bytes of an element: of the weights in the forward pass, and of the operands of matrix products.
-
-    They differ under autocast, which casts float32 weights when they are used.
-    """
-
-    weights: int
-    compute: int
 
 
 class Activations(NamedTuple):
     """Bytes on one GPU.
 
     - `kept`: from the forward pass until the backward pass has used them;
-    - `working`: what the backward of one layer needs besides;
-    - `head`: output layer and loss.
+    - `working`: what the pass through one layer, mostly its backward, needs besides;
+    - `head`: output layer and loss, with the casts that autocast keeps until its end.
     """
 
     kept: int
@@ -42,119 +44,167 @@ class Activations(NamedTuple):
         return self.kept + max(self.working, self.head)
 
 
+class _Setting(NamedTuple):
+    weights: str
+    autocast: bool
+    checkpointing: Checkpointing
+    adapter: str
+
+
+_Trace = dict[str, NDArray[np.float64]]
+"""By the name of a segment: live bytes at its beginning, and after each allocation in it."""
+
+
 class ActivationTracer:
-    """Activations of a run's micro-batches on one GPU, under the settings that a plan compares. It remembers each."""
+    """Activations of a run's micro-batches on one GPU, under the settings that a plan compares. It remembers traces."""
 
     def __init__(self, recipe: Recipe, config: PreTrainedConfig) -> None:
         self._recipe = recipe
         self._config = config
-        self._shape: Architecture | None = None
+        self._traces: dict[tuple[_Setting, int, int], _Trace] = {}
+        self._layers: LayerKinds | None = None
+        self._kernel = ""
 
     def activations(
-        self, *, weights: str, autocast: bool, checkpointing: Checkpointing, tokens: int, longest: int
+        self,
+        *,
+        weights: str,
+        autocast: bool,
+        checkpointing: Checkpointing,
+        tokens: int,
+        longest: int,
+        adapter: str = "float32",
     ) -> Activations:
-        """Return the bytes of one micro-batch.
+        """Return the bytes of one micro-batch, with all of its tokens trained.
 
         - `weights`: dtype that the weights have in the forward pass ("bfloat16", "float16" or "float32");
-        - `autocast`: matrix products compute in bfloat16;
+        - `autocast`: matrix products compute in 16 bits;
         - `checkpointing`: none, selective (TRL's) or full;
         - `tokens`: of the micro-batch, all of its sequences together;
-        - `longest`: tokens of the longest sequence in it.
+        - `longest`: tokens of the longest sequence in it;
+        - `adapter`: dtype of LoRA's matrices: float32 as peft makes them, or bfloat16 as DeepSpeed casts them (and TRL
+          those of QLoRA).
+
+        Raises UserError for a model that can't be traced.
         """
-        if self._shape is None:
-            self._shape = inspect_architecture(self._recipe, self._config)
-        itemsize = 4 if weights == "float32" else 2
-        return estimate_activations(
-            self._shape,
-            tokens,
-            Precision(itemsize, 2 if autocast else itemsize),
-            checkpointing=checkpointing == "full",
-            adapter_dropout=bool(self._recipe.adapter and self._recipe.adapter.lora_dropout),
-            squared_length=longest if self._recipe.model.attention == "eager" else 0,
+        setting = self._setting(weights, autocast, checkpointing, adapter)
+        self._classify(weights)
+        if is_flash(self._kernel):
+            trace = self._interpolated(setting, tokens) or self._trace(setting, tokens, 1)
+        else:  # without packing rows are padded to the longest
+            trace = self._trace(setting, tokens, 1 if self._recipe.data.packing else max(1, tokens // longest))
+        return _extrapolate(trace, self._layers)
+
+    def trace_all_layers(
+        self, *, weights: str, autocast: bool, checkpointing: Checkpointing, tokens: int, adapter: str = "float32"
+    ) -> Activations:
+        """Return the same from a trace of all layers with exactly `tokens`, which takes longer."""
+        self._classify(weights)
+        segments = self._trace_model(self._setting(weights, autocast, checkpointing, adapter), tokens, 1, None)
+        return _extrapolate(_by_name(segments), None)
+
+    def _setting(self, weights: str, autocast: bool, checkpointing: Checkpointing, adapter: str) -> _Setting:
+        return _Setting(weights, autocast, checkpointing, "bfloat16" if self._recipe.quantization else adapter)
+
+    def _classify(self, weights: str) -> None:
+        """Find the kinds of the layers, once: they are the same in each dtype."""
+        if not self._kernel:
+            model = build_model(self._recipe, self._config, weights=weights)
+            self._kernel = choose_kernel(self._recipe, model)
+            self._layers = None if _names_layers(self._recipe) else classify_layers(model)
+
+    def _interpolated(self, setting: _Setting, tokens: int) -> _Trace | None:
+        """Return the trace for `tokens` from those of two other numbers; None where they differ in their operations.
+
+        FlashAttention keeps no square: beyond a tile of the head, the bytes at each moment are linear in the tokens.
+        """
+        if tokens <= TOKEN_CHUNK:
+            return None
+        small, large = 2 * TOKEN_CHUNK, 4 * TOKEN_CHUNK
+        low, high = self._trace(setting, small, 1), self._trace(setting, large, 1)
+        if low.keys() != high.keys() or any(len(low[name]) != len(high[name]) for name in low):
+            return None
+        share = (tokens - small) / (large - small)
+        return {name: live + share * (high[name] - live) for name, live in low.items()}
+
+    def _trace(self, setting: _Setting, tokens: int, rows: int) -> _Trace:
+        key = (setting, tokens, rows)
+        if key not in self._traces:
+            try:
+                segments = self._trace_model(setting, tokens, rows, self._layers)
+            except UserError:
+                raise
+            except Exception as error:  # whatever an architecture does that fake tensors don't support
+                raise UserError(
+                    f"--gpus: the memory of {self._recipe.model.name_or_path} can't be planned: tracing a step of it "
+                    f"fails ({type(error).__name__}: {' '.join(str(error).split())[:200]}). Leave out --gpus: the rest "
+                    "of the check works."
+                ) from error
+            self._traces[key] = _by_name(segments)
+        return self._traces[key]
+
+    def _trace_model(self, setting: _Setting, tokens: int, rows: int, layers: LayerKinds | None) -> list[Segment]:
+        model = build_model(
+            self._recipe,
+            self._config,
+            weights=setting.weights,
+            kernel=self._kernel,
+            traced=layers.traced if layers else (),
         )
-
-
-def layer_bytes(shape: Architecture, precision: Precision, squared_length: int = 0) -> int:
-    """Return the bytes per token that one decoder layer keeps for its backward without gradient checkpointing.
-
-    `squared_length`: tokens of a row if the attention kernel keeps all scores (eager), else 0.
-
-    Korthikanti et al. (arXiv:2205.05198, section 4.1) count 34 bytes times hidden size and a term in the square of the
-    length for GPT's layer. Here, counted in transformers' modeling_llama.py, with `b` = compute bytes:
-
-    - FlashAttention keeps queries, keys, values, its output and a float32 per head, and no square (Dao et al.,
-      arXiv:2205.14135). Eager attention keeps its softmax in float32 and cast; with soft-capping the capped scores too.
-    - Each RMSNorm keeps its input and its divisor in float32, its normalized value (Gemma's in float32) and its output:
-      4 + b + b per hidden element. Under autocast the output is kept once per linear layer that reads it, as each casts
-      it again.
-    - The gated feed-forward network keeps four of its intermediate values: gate, activation, up, and their product.
-    """
-    b = precision.compute
-    normalized = 4 if shape.wide_norms else precision.weights
-    if precision.weights == b:
-        norms = shape.norms * (shape.hidden * (4 + normalized + b) + 4)
-    else:
-        norms = shape.norms * (shape.hidden * (4 + normalized) + 4) + (3 + 2) * shape.hidden * b
-    attention = (2 * shape.query_width + 2 * shape.key_width) * b + 4 * shape.heads
-    scores = shape.heads * squared_length * (4 + (2 if shape.softcapped else 1) * b)
-    return norms + attention + 4 * shape.intermediate * b + scores
-
-
-def estimate_activations(
-    shape: Architecture,
-    tokens: int,
-    precision: Precision,
-    *,
-    checkpointing: bool,
-    adapter_dropout: bool = False,
-    squared_length: int = 0,
-) -> Activations:
-    """Return the bytes of one micro-batch of `tokens` tokens on one GPU.
-
-    - With gradient checkpointing (TRL's default) only the input of each layer is kept, and layers are computed again
-      one at a time (Chen et al., arXiv:1604.06174; Korthikanti et al., section 5: 2 bytes times hidden size a layer).
-    - `working` adds the gradients of the two widest activations of a layer.
-    - An adapter keeps its input in float32, and with dropout a copy and a byte of mask.
-    - Autocast keeps its casts of trained weights until the forward pass ends.
-    """
-    layer = (
-        layer_bytes(shape, precision, squared_length)
-        + shape.adapted_inputs * (9 if adapter_dropout else 4) // shape.layers
-    )
-    gradients = 2 * shape.intermediate * precision.compute
-    stream = shape.hidden * precision.weights
-    casts = 0
-    if precision.weights != precision.compute:
-        casts = precision.compute * sum(
-            parameter.elements
-            for parameter in shape.parameters
-            if parameter.trained and len(parameter.shape) > 1 and parameter.role != "embedding"
+        prepared = prepare_training(
+            model, self._recipe, checkpointing=setting.checkpointing, adapter=getattr(torch, setting.adapter)
         )
-    ends = 2 * stream  # the outputs of the embedding and of the last norm
-    if checkpointing:
-        kept, working = tokens * (shape.layers * stream + ends) + casts, tokens * (layer + gradients)
-    else:
-        kept, working = tokens * (shape.layers * layer + ends) + casts, tokens * gradients
-    return Activations(kept, working, head_bytes(shape, tokens, precision))
+        half = torch.float16 if self._recipe.training.get("fp16") else torch.bfloat16
+        with fake_tensors(prepared):
+            return trace_step(
+                model,
+                find_layers(model) or torch.nn.ModuleList(),
+                build_inputs(model, self._kernel, tokens, rows),
+                autocast=half if setting.autocast else None,
+            )
 
 
-def head_bytes(shape: Architecture, tokens: int, precision: Precision) -> int:
-    """Return the peak of TRL's fused output layer, which is in its backward.
+def _by_name(segments: list[Segment]) -> _Trace:
+    return {segment.name: np.array([segment.start, *segment.live], np.float64) for segment in segments}
 
-    It holds (ChunkedLogProbFunction in trl/kernels/chunked_logprob.py):
 
-    - a tile of logits, 4,096 tokens x 32,768 entries of the vocabulary;
-    - the hidden states of the trained positions, at most all, and their gradient in float32;
-    - seven float32 statistics per token;
-    - if the output layer is trained, its gradient in float32 and once more in the weight's dtype.
-    """
-    tile = min(tokens, TOKEN_CHUNK) * VOCABULARY_CHUNK * precision.compute
-    hidden = tokens * shape.hidden * (precision.weights + 4)
-    trained = any(
-        parameter.trained
-        and parameter.shape == (shape.vocabulary, shape.hidden)
-        and (shape.tied or parameter.role != "embedding")
-        for parameter in shape.parameters
+def _names_layers(recipe: Recipe) -> bool:
+    """Return whether the adapter's modules are those of layers by number: then no layer stands for another."""
+    names = (recipe.adapter.target_modules, recipe.adapter.modules_to_save or ()) if recipe.adapter else ()
+    return any(
+        part.isdecimal() for group in names if not isinstance(group, str) for name in group for part in name.split(".")
     )
-    weight = shape.vocabulary * shape.hidden * (4 + precision.weights) if trained else 0
-    return tile + hidden + 7 * 4 * tokens + weight
+
+
+def _extrapolate(trace: _Trace, layers: LayerKinds | None) -> Activations:
+    """Return the activations of all layers from a trace of some.
+
+    A layer adds the bytes between the starts of its forward pass and the next one's, and its backward pass frees what
+    it kept. The two differ under autocast, which frees its casts between them.
+    """
+    start = {name: float(live[0]) for name, live in trace.items()}
+    highest = {name: float(live.max()) for name, live in trace.items()}
+    working = [highest["begin"], highest.get("end", 0.0)]
+    forward_shift = backward_shift = 0.0
+    if layers is None or len(layers.traced) == len(layers.kinds):
+        working += [highest[name] for name in trace if "head" not in name]
+    else:
+        representatives = layers.representatives()
+        forward = backward = 0.0  # bytes that the layers so far add
+        for layer, place in enumerate(representatives):
+            here, after = f"forward {place}", f"forward {place + 1}"
+            working.append(highest[here] - start[here] + start["forward 0"] + forward)
+            if layer < len(representatives) - 1:
+                forward += start[after] - start[here]
+            here, before = f"backward {place}", f"backward {place - 1}"
+            if here in trace:
+                if layer and before in trace:
+                    backward += start[here] - start[before]
+                working.append(highest[here] - start[here] + start["backward 0"] + backward)
+        last = len(layers.traced) - 1
+        forward_shift = forward - (start[f"forward {last}"] - start["forward 0"])
+        if f"backward {last}" in trace:
+            backward_shift = backward - (start[f"backward {last}"] - start["backward 0"])
+    kept = start["head backward"] + backward_shift
+    head = max(highest.get("head forward", 0.0) + forward_shift, highest["head backward"] + backward_shift)
+    return Activations(round(kept), round(max(0.0, max(working) - kept)), round(max(0.0, head - kept)))

@@ -1,63 +1,197 @@
-"""Search for the strategies and numbers of nodes under which a run fits."""
+"""Search for the fastest settings that fit: memory and speed of a run under each of them, on any number of GPUs."""
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
-from train.model.architecture import Architecture
-from train.preflight.plan.activations import Precision, estimate_activations
+from transformers import PreTrainedConfig
+
+from train.model.architecture import Architecture, inspect_architecture
+from train.model.flops import Flops
+from train.preflight.plan.activations import Activations, ActivationTracer
 from train.preflight.plan.cluster import MAX_GPUS, Cluster
-from train.preflight.plan.memory import DDP, STRATEGIES, Memory, StateSettings, Strategy, estimate_memory
-from train.preflight.plan.optimizer_states import runs_on_host
+from train.preflight.plan.memory import (
+    DDP,
+    STRATEGIES,
+    Memory,
+    StateBytes,
+    StateSettings,
+    Strategy,
+    count_state_bytes,
+    sum_memory,
+)
+from train.preflight.plan.settings import (
+    Settings,
+    computes_in_16_bits,
+    has_16_bit_weights,
+    list_overrides,
+    list_settings,
+    optimizer_name,
+    written_settings,
+)
+from train.preflight.plan.speed import StepSeconds, estimate_step
 from train.recipe import Recipe
-from train.recipe.sft_config import with_defaults
 
 EIGHT_BIT_ADAM = "adamw_bnb_8bit"
 MAX_NODES = 64
 """Nodes up to which a fit is searched for."""
-_DEFAULT_OPTIMIZER = "adamw_torch_fused"  # transformers' with torch 2.8 or newer
+EQUALLY_FAST = 1.02
+"""Ratio of seconds that the model of speed does not tell apart: other reasons then decide."""
+ROOMY = 0.8
+"""Share of the usable memory up to which more room is no reason to communicate more."""
+_NO_MASTERS = "16-bit weights without float32 copies lose small updates (model.dtype=float32)"
 _ITEMSIZES = {"uint8": 1, "bfloat16": 2, "float16": 2, "float32": 4}
 
 
 @dataclass(frozen=True)
-class Candidate:
-    """Memory of a run under one strategy.
+class Workload:
+    """Optimizer steps of a run, and the model's FLOPs in one of them, all GPUs together."""
 
-    `fits`: with RESERVE of each GPU left free. `caution`: the reason not to choose it although it fits.
-    """
-
-    memory: Memory
-    fits: bool
-    caution: str | None
+    steps: int
+    flops: Flops
 
 
 @dataclass(frozen=True)
-class FewestNodes:
-    """The fewest nodes on which the run fits without offload, with `optimizer` as `training.optim`.
+class Candidate:
+    """Memory and speed of a run under one choice of settings.
 
-    `nodes` and `strategy`: None where it fits on no number of nodes up to MAX_NODES. `here`: the strategy under which
-    it fits the cluster as given; None where it doesn't.
+    - `overrides`: what turns the recipe into these settings;
+    - `usable_memory`: bytes of a GPU without RESERVE; `fits`: no more are taken;
+    - `caution`: the reason not to train with it although it may fit;
+    - `seconds`, `hours`: of an optimizer step and of the run, by the model of speed.
+    """
+
+    settings: Settings
+    overrides: list[str]
+    memory: Memory
+    usable_memory: float
+    fits: bool
+    caution: str | None
+    seconds: StepSeconds
+    hours: float
+
+
+@dataclass(frozen=True)
+class FewestGpus:
+    """The fewest GPUs on which the run fits without offload, with `optimizer` as `training.optim`.
+
+    `gpus`: of one node; None where it needs several. `nodes`: complete ones; None where it fits on no number up to
+    MAX_NODES. `strategy`: the one that communicates least.
     """
 
     optimizer: str
+    gpus: int | None
     nodes: int | None
     strategy: str | None
-    here: str | None
 
 
-def optimizer_name(recipe: Recipe) -> str:
-    """Return the recipe's `training.optim`, or transformers' default."""
-    return str(recipe.training.get("optim") or _DEFAULT_OPTIMIZER)
+class Candidates:
+    """All candidates of a recipe. It remembers what several of them share.
 
+    - `length`: tokens of the longest sequence;
+    - `tracer`: of another recipe with the same model, adapter and packing, whose traces are used again.
+    """
 
-def uses_checkpointing(settings: dict[str, Any]) -> bool:
-    """Return whether activations are computed again in the backward pass. `settings`: `training` with its defaults."""
-    choice = settings.get("activation_checkpointing")
-    return bool(settings["gradient_checkpointing"] if choice is None else choice)
+    def __init__(
+        self, recipe: Recipe, config: PreTrainedConfig, length: int, tracer: ActivationTracer | None = None
+    ) -> None:
+        """Inspect the model's architecture. Raises UserError for one that can't be planned."""
+        self.recipe, self.length = recipe, length
+        self.shape = inspect_architecture(recipe, config)
+        self._half = computes_in_16_bits(recipe)
+        self.tracer = tracer or ActivationTracer(recipe, config)
+        self._states: dict[tuple[Strategy, str, str, int], StateBytes] = {}
+        quantization = recipe.quantization
+        self._storage = _ITEMSIZES[quantization.bnb_4bit_quant_storage] if quantization else 2
+        self._double_quant = quantization.bnb_4bit_use_double_quant if quantization else True
 
+    def list(self, strategy: Strategy, optimizer: str | None = None) -> list[Settings]:
+        """Return all settings under `strategy`; `optimizer`: in place of the recipe's."""
+        weights = has_16_bit_weights(self.shape)
+        return [*list_settings(self.recipe, strategy, optimizer, weights_of_16_bits=weights)]
 
-def is_selective(settings: dict[str, Any]) -> bool:
-    """Return whether TRL's selective checkpointing is on. `settings`: `training` with its defaults."""
-    return bool((settings.get("gradient_checkpointing_kwargs") or {}).get("selective"))
+    def evaluate(self, settings: Settings, cluster: Cluster, workload: Workload) -> Candidate:
+        """Return the candidate of `settings` on `cluster`."""
+        memory, seconds = self.memory(settings, cluster), self.seconds(settings, cluster, workload)
+        no_masters = settings.strategy.stage == 0 and self.recipe.adapter is None
+        no_masters = no_masters and has_16_bit_weights(self._shape_in(settings.dtype))
+        return Candidate(
+            settings=settings,
+            overrides=list_overrides(self.recipe, settings),
+            memory=memory,
+            usable_memory=cluster.usable_memory,
+            fits=memory.total <= cluster.usable_memory,
+            caution=_NO_MASTERS if no_masters else None,
+            seconds=seconds,
+            hours=seconds.total * workload.steps / 3_600,
+        )
+
+    def memory(self, settings: Settings, cluster: Cluster) -> Memory:
+        """Return the bytes of one GPU under `settings` on `cluster`."""
+        return sum_memory(settings.strategy, self._count_states(settings, cluster), self._activations(settings))
+
+    def seconds(self, settings: Settings, cluster: Cluster, workload: Workload) -> StepSeconds:
+        """Return the seconds of an optimizer step."""
+        return estimate_step(
+            self._shape_in(settings.dtype),
+            workload.flops,
+            settings,
+            self._count_states(settings, cluster),
+            cluster,
+            low_precision=self._half,
+            weight_bytes=self._bytes_computed_with,
+        )
+
+    def fits(self, strategy: Strategy, cluster: Cluster, optimizer: str) -> bool:
+        """Return whether any settings under `strategy` fit on `cluster`."""
+        return self.memory(self.leanest(self.list(strategy, optimizer)), cluster).total <= cluster.usable_memory
+
+    @staticmethod
+    def leanest(settings: Sequence[Settings]) -> Settings:
+        """Return the settings that take the least memory: full checkpointing, one sequence at a time."""
+        return min(settings, key=lambda each: (each.checkpointing != "full", each.batch))
+
+    @property
+    def _bytes_computed_with(self) -> int:
+        """Bytes of all weights in the type that they are computed with; quantized ones stay in 4 bits."""
+        itemsize = 2 if self._half else 4
+        return sum(
+            parameter.elements // 2 if parameter.quantized else parameter.elements * itemsize
+            for parameter in self.shape.parameters
+        )
+
+    def _shape_in(self, dtype: str) -> Architecture:
+        """Return the architecture with weights loaded as `dtype`."""
+        if dtype == self.recipe.model.dtype:
+            return self.shape
+        itemsize = _ITEMSIZES[dtype]
+        return replace(
+            self.shape,
+            parameters=tuple(replace(parameter, itemsize=itemsize) for parameter in self.shape.parameters),
+        )
+
+    def _count_states(self, settings: Settings, cluster: Cluster) -> StateBytes:
+        key = (settings.strategy, settings.dtype, settings.optimizer, cluster.processes)
+        if key not in self._states:
+            state_settings = StateSettings(
+                cluster.processes, settings.optimizer, self._half, self._storage, self._double_quant
+            )
+            self._states[key] = count_state_bytes(self._shape_in(settings.dtype), settings.strategy, state_settings)
+        return self._states[key]
+
+    def _activations(self, settings: Settings) -> Activations:
+        """Trace them: DeepSpeed casts all weights to 16 bits; without it autocast does where they are used."""
+        length = -(-self.length // self.recipe.model.sequence_parallel)  # on each GPU that shares a sequence
+        sharded = settings.strategy.stage > 0
+        loaded = "bfloat16" if has_16_bit_weights(self._shape_in(settings.dtype)) else "float32"
+        return self.tracer.activations(
+            weights=("bfloat16" if self._half else "float32") if sharded else loaded,
+            autocast=self._half and not sharded,
+            checkpointing=settings.checkpointing,
+            tokens=settings.batch * length,
+            longest=length,
+            adapter="bfloat16" if sharded and self._half else "float32",
+        )
 
 
 def list_strategies(cluster: Cluster) -> list[Strategy]:
@@ -70,54 +204,92 @@ def list_optimizers(optimizer: str) -> list[str]:
     return [optimizer] if "8bit" in optimizer or "adafactor" in optimizer else [optimizer, EIGHT_BIT_ADAM]
 
 
-def evaluate_candidate(
-    recipe: Recipe, shape: Architecture, cluster: Cluster, strategy: Strategy, optimizer: str, length: int
-) -> Candidate:
-    """Estimate the memory of a run under `strategy` with sequences of `length` tokens, and compare it with a GPU's."""
-    settings = with_defaults(recipe.training)
-    half = bool(settings["fp16"]) or settings.get("bf16") is not False
-    state_settings = StateSettings(
-        gpus=cluster.processes,
-        optimizer=optimizer if not strategy.offload or runs_on_host(optimizer) else "adamw_torch",
-        low_precision=half,
-        storage_itemsize=_ITEMSIZES[recipe.quantization.bnb_4bit_quant_storage] if recipe.quantization else 2,
-        double_quant=recipe.quantization.bnb_4bit_use_double_quant if recipe.quantization else True,
-    )
-    body = next(parameter.itemsize for parameter in shape.parameters if parameter.role != "adapter")
-    weights = body if strategy.stage == 0 else 2 if half else 4
-    activations = estimate_activations(
-        shape,
-        settings["per_device_train_batch_size"] * length,
-        Precision(weights, min(weights, 2) if half else weights),
-        checkpointing=uses_checkpointing(settings) and not is_selective(settings),
-        adapter_dropout=bool(recipe.adapter and recipe.adapter.lora_dropout),
-        squared_length=length if recipe.model.attention == "eager" else 0,
-    )
-    memory = estimate_memory(shape, strategy, state_settings, activations)
-    no_master_weights = strategy.stage == 0 and recipe.adapter is None and weights == 2
-    return Candidate(
-        memory,
-        memory.total <= cluster.usable_memory,
-        "but 16-bit weights without float32 copies lose small updates" if no_master_weights else None,
-    )
+def find_best(
+    candidates: Candidates, cluster: Cluster, workload: Workload, optimizer: str | None = None
+) -> list[Candidate]:
+    """Return the best candidate of each strategy on `cluster`, or the smallest where none fits."""
+    every = [_list_fitting(candidates, cluster, workload, strategy, optimizer) for strategy in list_strategies(cluster)]
+    fastest = fastest_seconds([candidate for of_strategy in every for candidate in of_strategy])
+    return [_best(of_strategy, fastest) or of_strategy[0] for of_strategy in every]
 
 
-def find_fewest_nodes(
-    recipe: Recipe, shape: Architecture, cluster: Cluster, optimizer: str, length: int
-) -> FewestNodes:
-    """Search for the fewest nodes of such GPUs on which a strategy without offload and caution fits."""
+def _list_fitting(
+    candidates: Candidates, cluster: Cluster, workload: Workload, strategy: Strategy, optimizer: str | None
+) -> list[Candidate]:
+    """Return the candidates of a strategy that fit and are within EQUALLY_FAST of its fastest, or else the leanest.
 
-    def fitting_strategy(nodes: int) -> str | None:
-        tried = replace(cluster, nodes=nodes)
-        for strategy in list_strategies(tried):
-            if not strategy.offload:
-                candidate = evaluate_candidate(recipe, shape, tried, strategy, optimizer, length)
-                if candidate.fits and not candidate.caution:
-                    return strategy.name
-        return None
+    Speed costs nothing to compute, and memory a trace, so settings are tried from the fastest on.
+    """
+    every = candidates.list(strategy, optimizer)
+    leanest = candidates.evaluate(candidates.leanest(every), cluster, workload)
+    fitting: list[Candidate] = []
+    if not leanest.fits:
+        return [leanest]
+    for settings in sorted(every, key=lambda settings: candidates.seconds(settings, cluster, workload).total):
+        if fitting and candidates.seconds(settings, cluster, workload).total > EQUALLY_FAST * fitting[0].seconds.total:
+            break
+        if (candidate := candidates.evaluate(settings, cluster, workload)).fits:
+            fitting.append(candidate)
+    return fitting
 
-    here = fitting_strategy(cluster.nodes)
-    for nodes in range(1, min(MAX_NODES, MAX_GPUS // cluster.gpus) + 1):
-        if strategy := fitting_strategy(nodes):
-            return FewestNodes(optimizer, nodes, strategy, here)
-    return FewestNodes(optimizer, None, None, here)
+
+def choose(best: Sequence[Candidate]) -> Candidate | None:
+    """Return the best candidate; None where none fits."""
+    return _best(best, fastest_seconds(best))
+
+
+def fastest_seconds(candidates: Sequence[Candidate]) -> float:
+    """Return the seconds of the fastest that fits; with offload only where nothing else fits.
+
+    Offload needs hundreds of GiB of the host's memory and a C++ compiler, and its speed is the least certain.
+    """
+    fitting = [candidate for candidate in candidates if candidate.fits]
+    on_gpu = [candidate for candidate in fitting if not candidate.settings.strategy.offload]
+    return min((candidate.seconds.total for candidate in on_gpu or fitting), default=math.inf)
+
+
+def _best(candidates: Sequence[Candidate], fastest: float) -> Candidate | None:
+    """Return the best of those that fit: within EQUALLY_FAST of `fastest`, or of their own fastest if that is slower.
+
+    Of several: the fewest overrides; then, with room to spare, the least communication; then the smallest.
+    """
+    fitting = [candidate for candidate in candidates if candidate.fits]
+    own = fastest_seconds(fitting)
+    limit = EQUALLY_FAST * (fastest if own <= EQUALLY_FAST * fastest else own)
+    close = [candidate for candidate in fitting if candidate.seconds.total <= limit]
+
+    def order(candidate: Candidate) -> tuple[float, ...]:
+        roomy = candidate.memory.total <= ROOMY * candidate.usable_memory
+        strategy = candidate.settings.strategy
+        return strategy.offload, len(candidate.overrides), not roomy, STRATEGIES.index(strategy), candidate.memory.total
+
+    return min(close, key=order, default=None)
+
+
+def evaluate_written(candidates: Candidates, cluster: Cluster, workload: Workload) -> list[Candidate]:
+    """Return the recipe as written under each strategy."""
+    written = (written_settings(candidates.recipe, strategy) for strategy in list_strategies(cluster))
+    return [candidates.evaluate(settings, cluster, workload) for settings in written]
+
+
+def find_fewest(candidates: Candidates, cluster: Cluster, optimizer: str | None = None) -> FewestGpus:
+    """Search for the fewest GPUs of one node, then the fewest nodes, that a run fits without offload."""
+    optimizer = optimizer or optimizer_name(candidates.recipe)
+
+    def strategy_on(tried: Cluster) -> str | None:
+        return next(
+            (
+                strategy.name
+                for strategy in list_strategies(tried)
+                if not strategy.offload and candidates.fits(strategy, tried, optimizer)
+            ),
+            None,
+        )
+
+    for gpus in range(1, cluster.gpus + 1):
+        if strategy := strategy_on(replace(cluster, gpus=gpus, nodes=1)):
+            return FewestGpus(optimizer, gpus, 1, strategy)
+    for nodes in range(2, min(MAX_NODES, MAX_GPUS // cluster.gpus) + 1):
+        if strategy := strategy_on(replace(cluster, nodes=nodes)):
+            return FewestGpus(optimizer, None, nodes, strategy)
+    return FewestGpus(optimizer, None, None, None)

@@ -1,10 +1,10 @@
 """A plan as lines of plain text, for the page of `--check`."""
 
-from textwrap import wrap
+import shlex
+from collections.abc import Callable, Sequence
 
-from train.preflight.plan.candidates import MAX_NODES, FewestNodes
+from train.preflight.plan.candidates import EIGHT_BIT_ADAM, MAX_NODES, Candidate, FewestGpus
 from train.preflight.plan.cluster import GIB, RESERVE
-from train.preflight.plan.memory import Memory
 from train.preflight.plan.plan import RunPlan
 
 _COMMAND_WIDTH = 42
@@ -20,81 +20,146 @@ _PARTS = {
     "total": "total",
 }
 """Rows of the table, and their fields of `Memory`."""
+_DTYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 
 
 def describe_plan(plan: RunPlan) -> list[str]:
     """Return the plan as lines of plain text."""
-    cluster = plan.cluster
+    cluster, best = plan.cluster, plan.best
     nodes = f"{cluster.nodes} node{'s' if cluster.nodes > 1 else ''} of {cluster.gpus}"
     gpu = "taken for H100" if cluster.assumed else cluster.gpu
     lines = [
         f"{nodes} GPU{'s' if cluster.gpus > 1 else ''} of {cluster.memory / GIB:.0f} GB ({gpu}); {plan.method}, "
         f"{plan.trained_parameters:,} of {plan.parameters:,} parameters, {plan.optimizer}",
-        f"GiB on each GPU, {plan.tokens_per_gpu:,} tokens at a time, "
-        f"gradient checkpointing {'on' if plan.checkpointing else 'off'}:",
-        *_table([candidate.memory for candidate in plan.candidates], [candidate.fits for candidate in plan.candidates]),
+        f"best settings of each strategy, sequences of {plan.tokens_per_sequence:,} tokens; GiB on each GPU:",
+        *_table(plan.candidates),
+        "the recipe as written:",
+        *_totals(plan.written),
+        "ckpt: gradient checkpointing; batch: sequences at a time x accumulation steps; total: the first five and the "
+        f"largest of layer and head, or the first four and step; {RESERVE:.0%} of a GPU is left free; hours: by a "
+        "model that no GPU has confirmed",
     ]
-    for candidate in plan.candidates:
-        memory = candidate.memory
-        if candidate.fits and candidate.caution:
-            lines.append(f"{memory.strategy} fits, {candidate.caution}")
-        if memory.host:
-            lines.append(f"{memory.strategy} takes {memory.host * cluster.gpus / GIB:,.0f} GiB of each host")
-    lines.append(
-        f"total: the first five and the largest of layer and head, or the first four and step; {RESERVE:.0%} of a GPU "
-        "is left free"
-    )
-    if plan.chosen:
-        lines += [
-            f"recommended, as it fits with the least communication: {plan.chosen}",
-            *_command(plan.launch or ""),
-        ]
-    else:
-        lines.append(
-            "none fits: take a smaller training.per_device_train_batch_size or data.max_length, an adapter or more GPUs"
-        )
-    lines += _describe_fewest_nodes(plan)
-    attention = plan.attention_flops / max(plan.flops, 1)
     lines += [
+        f"{candidate.memory.strategy} refuses the recipe as written: {candidate.caution}"
+        for candidate in plan.written
+        if candidate.caution
+    ]
+    lines += [
+        f"{candidate.memory.strategy} takes {candidate.memory.host * cluster.gpus / GIB:,.0f} GiB of each host"
+        for candidate in plan.candidates
+        if candidate.memory.host
+    ]
+    lines += _describe_best(plan, best) if best else _describe_misfit(plan)
+    lines += _describe_fewest(plan)
+    attention = plan.attention_flops / max(plan.flops, 1)
+    return [
+        *lines,
         f"{plan.steps:,} steps of {plan.sequences_per_step:,} sequences, {plan.tokens:,} tokens, {plan.flops:.3g} "
         f"FLOPs, {attention:.1%} of them attention",
-        f"{_format_hours(plan.hours)} ({plan.gpu_hours:,.1f} GPU-hours) at {cluster.mfu:.0%} of {cluster.gpu}'s "
-        f"{cluster.peak_flops / 1e12:,.0f} TFLOP/s in bfloat16",
+        f"counted: {plan.convention}",
+        *plan.notes,
     ]
-    return [*lines, f"counted: {plan.convention}", *plan.notes]
 
 
-def _describe_fewest_nodes(plan: RunPlan) -> list[str]:
-    """Return the fewest nodes, and those with 8-bit Adam where the recipe's optimizer needs more than one."""
-    own, *others = plan.fewest_nodes
-    plural = "s" if plan.cluster.gpus > 1 else ""
+def describe_settings(candidate: Candidate) -> str:
+    """Return the settings of a candidate in a few words."""
+    settings = candidate.settings
+    return (
+        f"{settings.strategy.name}, {settings.checkpointing} checkpointing, "
+        f"{settings.batch} x {settings.accumulation} sequences"
+    )
 
-    def fit(fewest: FewestNodes) -> str:
-        return f"--nodes {fewest.nodes} ({fewest.strategy})" if fewest.nodes else f"none up to {MAX_NODES}"
 
-    lines = [f"fewest nodes of {plan.cluster.gpus} such GPU{plural} that it fits without offload: {fit(own)}"]
-    for other in others if own.nodes != 1 else ():
-        here = "these nodes" if plan.cluster.nodes > 1 else "this node"
-        fits = f"fits {here} ({other.here})" if other.here else f"does not fit {here} either"
-        if own.here:
-            fits = "is not needed here"
-        lines.append(f"8-bit Adam (training.optim={other.optimizer}) {fits}; its fewest nodes: {fit(other)}")
+def _describe_best(plan: RunPlan, best: Candidate) -> list[str]:
+    cluster, seconds = plan.cluster, best.seconds
+    mfu = plan.flops / max(plan.hours * 3_600 * cluster.processes * cluster.peak_flops, 1e-9)
+    parts = {"communication": seconds.communication, "memory traffic": seconds.traffic, "the host": seconds.host}
+    return [
+        f"fastest that fits: {describe_settings(best)}; {_gib(best)} of {best.usable_memory / GIB:,.1f} GiB",
+        *_command(plan.launch or ""),
+        f"{_format_hours(plan.hours)} ({plan.gpu_hours:,.1f} GPU-hours), {mfu:.0%} MFU: {seconds.compute:,.3g} s of "
+        "computing a step"
+        + "".join(f", {value:,.2g} s of {name}" for name, value in parts.items() if value)
+        + f"; computing at {cluster.mfu:.0%} of {cluster.gpu}'s {cluster.peak_flops / 1e12:,.0f} TFLOP/s with full "
+        "checkpointing (--mfu)",
+    ]
+
+
+def _describe_misfit(plan: RunPlan) -> list[str]:
+    nearest = min(plan.candidates, key=lambda candidate: candidate.memory.total)
+    memory = nearest.memory
+    states = memory.parameters + memory.gradients + memory.optimizer + memory.communication
+    return [
+        f"none fits; the nearest is {describe_settings(nearest)}: {_gib(nearest)} of "
+        f"{nearest.usable_memory / GIB:,.1f} GiB, {states / GIB:,.1f} of them weights, gradients, optimizer and "
+        "communication. Take more GPUs, an adapter, or a smaller data.max_length"
+    ]
+
+
+def _describe_fewest(plan: RunPlan) -> list[str]:
+    """Return the fewest GPUs, and what 8-bit Adam changes."""
+    own, *others = plan.fewest_gpus
+    lines = [f"fewest such GPUs that it fits without offload: {_format_fewest(own, plan)}"]
+    for other in others:
+        eight = plan.eight_bit
+        fits = f"{describe_settings(eight)}, {_gib(eight)} GiB, {_format_hours(eight.hours)}" if eight else "fits none"
+        lines.append(f"8-bit Adam (training.optim={EIGHT_BIT_ADAM}): {fits}; fewest: {_format_fewest(other, plan)}")
+        if eight and not (plan.best and not plan.best.settings.strategy.offload):
+            lines.append(f"with it: {' '.join(eight.overrides)}")
     return lines
 
 
-def _table(memories: list[Memory], fits: list[bool]) -> list[str]:
-    """Return GiB by part, a column for each strategy; in 48 columns, which fit a narrow terminal."""
-    names = [memory.strategy.replace("ZeRO-3 offload", "offload") for memory in memories]
-    rows: list[tuple[str, list[str]]] = [("", names)]
-    for label, part in _PARTS.items():
-        rows.append((label, [f"{getattr(memory, part) / GIB:,.1f}" for memory in memories]))
-    rows.append(("fits", ["yes" if fit else "no" for fit in fits]))
-    return [f"{label:<8}" + "".join(f"{cell:>8}" for cell in cells) for label, cells in rows]
+def _format_fewest(fewest: FewestGpus, plan: RunPlan) -> str:
+    if fewest.nodes is None:
+        return f"none up to --nodes {MAX_NODES}"
+    gpus = f"{fewest.gpus}" if fewest.gpus else f"--nodes {fewest.nodes} of {plan.cluster.gpus}"
+    return f"{gpus} ({fewest.strategy})"
+
+
+def _table(candidates: Sequence[Candidate]) -> list[str]:
+    """Return settings and GiB by part, a column for each strategy; in 48 columns, which fit a narrow terminal."""
+
+    def row(label: str, cell: Callable[[Candidate], str]) -> str:
+        return f"{label:<8}" + "".join(f"{cell(candidate):>8}" for candidate in candidates)
+
+    def part(field: str) -> Callable[[Candidate], str]:
+        return lambda candidate: f"{getattr(candidate.memory, field) / GIB:,.1f}"
+
+    return [
+        row("", lambda candidate: candidate.memory.strategy.replace("ZeRO-3 offload", "offload")),
+        row("dtype", lambda candidate: _DTYPES.get(candidate.settings.dtype, candidate.settings.dtype)),
+        row("ckpt", lambda candidate: candidate.settings.checkpointing.replace("selective", "select.")),
+        row("batch", lambda candidate: f"{candidate.settings.batch}x{candidate.settings.accumulation}"),
+        *(row(label, part(field)) for label, field in _PARTS.items()),
+        *_fit_and_hours(candidates),
+    ]
+
+
+def _totals(candidates: Sequence[Candidate]) -> list[str]:
+    totals = "".join(f"{_gib(candidate):>8}" for candidate in candidates)
+    return [f"{'total':<8}{totals}", *_fit_and_hours(candidates)]
+
+
+def _fit_and_hours(candidates: Sequence[Candidate]) -> list[str]:
+    fits = "".join(f"{'no' if candidate.caution or not candidate.fits else 'yes':>8}" for candidate in candidates)
+    hours = "".join(
+        f"{f'{candidate.hours:,.0f}' if candidate.hours >= 100 else f'{candidate.hours:.3g}':>8}"
+        for candidate in candidates
+    )
+    return [f"{'fits':<8}{fits}", f"{'hours':<8}{hours}"]
+
+
+def _gib(candidate: Candidate) -> str:
+    return f"{candidate.memory.total / GIB:,.1f}"
 
 
 def _command(launch: str) -> list[str]:
-    """Return a command in lines that a shell reads as one."""
-    lines = wrap(launch, _COMMAND_WIDTH, break_long_words=False, break_on_hyphens=False)
+    """Return a command in lines that a shell reads as one: broken between words, never inside quotes."""
+    lines = [""]
+    for word in map(shlex.quote, shlex.split(launch)):
+        if lines[-1] and len(lines[-1]) + 1 + len(word) > _COMMAND_WIDTH:
+            lines.append("")
+        lines[-1] += f" {word}" if lines[-1] else word
     return [f"  {'  ' if number else ''}{line}" for number, line in enumerate(" \\\n".join(lines).split("\n"))]
 
 

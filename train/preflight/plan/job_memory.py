@@ -2,25 +2,31 @@
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from train.errors import UserError
-from train.model.architecture import Architecture, inspect_architecture
-from train.model.flops import PEAK_FLOPS
+from train.model.flops import PEAK_FLOPS, count_training_flops
 from train.model.load import load_config
 from train.preflight.plan.candidates import (
-    evaluate_candidate,
-    find_fewest_nodes,
+    Candidate,
+    Candidates,
+    Workload,
+    choose,
+    find_best,
+    find_fewest,
     list_optimizers,
-    list_strategies,
-    optimizer_name,
 )
 from train.preflight.plan.cluster import GIB, RESERVE, Cluster, parse_cluster
 from train.preflight.plan.memory import DDP, STRATEGIES, Strategy
-from train.preflight.plan.optimizer_states import runs_on_host
+from train.preflight.plan.plan import config_file
+from train.preflight.plan.settings import optimizer_name, written_settings
 from train.recipe import Recipe
+from train.recipe.schedule import sequences_per_step
 
 _SEVERAL_NODES = "accelerate_configs/zero3_multinode.yaml"
 
@@ -43,10 +49,13 @@ def parse_gpu_names(names: Sequence[str], count: int) -> str | None:
     return gpus
 
 
-def dense_architecture(recipe: Recipe) -> Architecture | None:
-    """Return the model's architecture; None for a mixture of experts, which can't be planned."""
+def open_candidates(recipe: Recipe) -> Candidates | None:
+    """Return the candidates of a recipe; None for a model that can't be planned.
+
+    The data isn't read: rows are assumed to be data.max_length long.
+    """
     try:
-        return inspect_architecture(recipe, load_config(recipe.model))
+        return Candidates(recipe, load_config(recipe.model), recipe.data.max_length)
     except UserError:
         return None
 
@@ -70,48 +79,51 @@ def read_strategy(config: Mapping[str, Any], recipe: Recipe) -> Strategy | None:
     return next((strategy for strategy in STRATEGIES if (strategy.stage, strategy.offload) == (stage, offload)), None)
 
 
-def memory_warning(
-    recipe: Recipe, shape: Architecture, cluster: Cluster, strategy: Strategy, config_file: str
-) -> str | None:
-    """Return a paragraph on what doesn't fit and what would; None if the job fits.
-
-    The data isn't read: rows are assumed to be data.max_length long.
-    """
-    optimizer, length = optimizer_name(recipe), recipe.data.max_length
-    memory = evaluate_candidate(recipe, shape, cluster, strategy, optimizer, length).memory
+def memory_warning(candidates: Candidates, cluster: Cluster, strategy: Strategy, launched: str) -> str | None:
+    """Return a paragraph on what doesn't fit and what would; None if the job fits as launched."""
+    recipe = candidates.recipe
+    memory = candidates.memory(written_settings(recipe, strategy), cluster)
     if memory.total <= cluster.usable_memory:
         return None
-    options: list[str] = []
-
-    def add_option(nodes: int | None, other: Strategy, other_optimizer: str) -> None:
-        words = [f"--nodes {nodes}"] if nodes != cluster.nodes else []
-        if other is not strategy:
-            several = nodes != 1 and other.stage == 3 and not other.offload
-            words.append(f"--config {_SEVERAL_NODES if several else other.config_file}")
-        if other_optimizer != optimizer:
-            words.append(f"training.optim={other_optimizer}")
-        options.append(" ".join(words))
-
-    for other in list_strategies(cluster):
-        candidate = evaluate_candidate(recipe, shape, cluster, other, optimizer, length)
-        if candidate.fits and not candidate.caution:
-            on_cpu = other.offload and not runs_on_host(optimizer)
-            add_option(cluster.nodes, other, "adamw_torch" if on_cpu else optimizer)
-            break
-    by_name = {other.name: other for other in STRATEGIES}
-    for other_optimizer in list_optimizers(optimizer):
-        fewest = find_fewest_nodes(recipe, shape, cluster, other_optimizer, length)
-        if fewest.here and other_optimizer != optimizer:
-            add_option(cluster.nodes, by_name[fewest.here], other_optimizer)
-        elif not fewest.here and fewest.strategy:
-            add_option(fewest.nodes, by_name[fewest.strategy], other_optimizer)
-    smaller = "a smaller training.per_device_train_batch_size or data.max_length"
-    remedy = f"What fits: {'; or '.join(options)}. Or write {smaller}."
-    if not options:
-        remedy = f"Write {smaller}, or train an adapter."
+    ways = list(dict.fromkeys(_list_ways(candidates, cluster, strategy)))
+    remedy = f"What fits: {'; or '.join(ways)}." if ways else "Write a smaller data.max_length, or train an adapter."
+    if any(way.startswith("--nodes") for way in ways):
+        remedy += " More nodes train more sequences a step: lower training.gradient_accumulation_steps as much."
     needed, usable, total = (size / GIB for size in (memory.total, cluster.usable_memory, cluster.memory))
     return (
-        f"the plan says that this job does not fit: {strategy.name} ({config_file}) needs {needed:,.1f} GiB on each of "
+        f"the plan says that this job does not fit: {strategy.name} ({launched}) needs {needed:,.1f} GiB on each of "
         f"{cluster.processes:,} GPUs, and {usable:,.1f} of their {total:,.0f} GiB can be used ({RESERVE:.0%} is left "
         f"free). {remedy}"
     )
+
+
+def _list_ways(candidates: Candidates, cluster: Cluster, strategy: Strategy) -> Iterator[str]:
+    """Yield options and overrides under which the job fits.
+
+    Without offload: the fastest on these nodes, and with this configuration; else on the fewest nodes, and with 8-bit
+    Adam. Then with offload.
+    """
+    recipe = candidates.recipe
+    documents = np.full(sequences_per_step(recipe, cluster.processes), recipe.data.max_length)
+    workload = Workload(1, count_training_flops(candidates.shape, documents))
+
+    def way(candidate: Candidate, nodes: int) -> str:
+        words = [f"--nodes {nodes}"] if nodes != cluster.nodes else []
+        other = candidate.settings.strategy
+        if other != strategy:
+            several = nodes != 1 and other.stage == 3 and not other.offload
+            words.append(f"--config {_SEVERAL_NODES if several else config_file(other, cluster)}")
+        return " ".join([*words, *candidate.overrides])
+
+    best = find_best(candidates, cluster, workload)
+    launched = next((each for each in best if each.settings.strategy == strategy), None)
+    here = [each for each in (choose(best), launched) if each and each.fits]
+    on_gpus = [each for each in here if not each.settings.strategy.offload]
+    yield from (way(each, cluster.nodes) for each in on_gpus)
+    for optimizer in list_optimizers(optimizer_name(recipe)) if not on_gpus else ():
+        fewest = find_fewest(candidates, cluster, optimizer)
+        if fewest.nodes is not None and fewest.nodes >= cluster.nodes:
+            on_nodes = replace(cluster, nodes=fewest.nodes)
+            if candidate := choose(find_best(candidates, on_nodes, workload, optimizer)):
+                yield way(candidate, fewest.nodes)
+    yield from (way(each, cluster.nodes) for each in here if each not in on_gpus)

@@ -28,7 +28,8 @@ _QUANTIZED_BLOCK, _SCALES_BLOCK = 64, 256
 """bitsandbytes: weights that share a scale, and scales that share one under double quantization."""
 
 
-class Strategy(NamedTuple):
+@dataclass(frozen=True)
+class Strategy:
     """A way to distribute a run over GPUs. `stage`: of ZeRO, 0 = a copy on each; `offload`: to the host's memory."""
 
     name: str
@@ -103,11 +104,8 @@ class Memory:
     host: int
 
 
-def estimate_memory(
-    shape: Architecture, strategy: Strategy, settings: StateSettings, activations: Activations
-) -> Memory:
-    """Return all parts of a run under `strategy`."""
-    states = count_state_bytes(shape, strategy, settings)
+def sum_memory(strategy: Strategy, states: StateBytes, activations: Activations) -> Memory:
+    """Return all parts of a run under `strategy`, and their total."""
     permanent = states.parameters + states.gradients + states.optimizer + states.communication
     return Memory(
         strategy=strategy.name,
@@ -165,8 +163,8 @@ def _stage_1_in_16_bits(shape: Architecture, settings: StateSettings) -> StateBy
       float32 master weights and states of its share.
     - A layer's gradient is freed once it is added (immediate_grad_update; without it, all of them stay beside their
       sums: 2 bytes more per parameter).
-    - After the last micro-batch the sums are reduced as copies in 16 bits; groups that share a bucket are concatenated
-      before.
+    - After the last micro-batch the sums are reduced in place (communication_data_type: fp32); groups that share a
+      bucket are copied together before.
     """
     aligned = _aligned(shape, settings)
     shares = [elements // settings.gpus for elements in aligned]
@@ -175,7 +173,7 @@ def _stage_1_in_16_bits(shape: Architecture, settings: StateSettings) -> StateBy
         if sum(buckets[-1]) > _ALL_REDUCE:
             buckets.append([])
         buckets[-1].append(elements)
-    reducing = max(sum(bucket) * (2 if len(bucket) == 1 else 4 + 2) for bucket in buckets)
+    reducing = max(sum(bucket) * (0 if len(bucket) == 1 else 4) for bucket in buckets)
     return StateBytes(
         parameters=sum(aligned) * 2 + _frozen(shape, 2, settings),
         gradients=sum(aligned) * 4,

@@ -10,33 +10,36 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from train.model.architecture import Architecture
-from train.model.flops import CONVENTION, count_training_flops, estimate_hours
+from train.model.flops import CONVENTION, Flops, count_training_flops
 from train.preflight.plan.candidates import (
+    EIGHT_BIT_ADAM,
     Candidate,
-    FewestNodes,
-    evaluate_candidate,
-    find_fewest_nodes,
-    is_selective,
+    Candidates,
+    FewestGpus,
+    Workload,
+    choose,
+    evaluate_written,
+    find_best,
+    find_fewest,
     list_optimizers,
-    list_strategies,
-    optimizer_name,
-    uses_checkpointing,
 )
 from train.preflight.plan.cluster import Cluster
 from train.preflight.plan.memory import Strategy
 from train.preflight.plan.optimizer_states import KNOWN, is_paged, runs_on_host
+from train.preflight.plan.settings import optimizer_name
 from train.recipe import Recipe
 from train.recipe.sft_config import with_defaults
 
 
 @dataclass(frozen=True)
 class RunPlan:
-    """Memory in bytes on one GPU (`host`: a GPU's share of its node's), FLOPs of the complete run, hours at that MFU.
+    """Memory in bytes on one GPU (`host`: a GPU's share of its node's), FLOPs and hours of the complete run.
 
-    - `chosen`, `config_file`, `launch`: the first candidate that fits and has no caution, else the first that fits;
-      None where none fits;
-    - `fewest_nodes`: with the recipe's optimizer, and with 8-bit Adam.
+    - `candidates`: the best settings of each strategy; `written`: the recipe as written under each;
+    - `chosen`, `config_file`, `overrides`, `launch`: the fastest candidate that fits; None where none fits;
+    - `hours`: of the chosen candidate; where none fits, at the MFU of full checkpointing alone;
+    - `fewest_gpus`: with the recipe's optimizer, and with 8-bit Adam where that takes less;
+    - `eight_bit`: the best candidate with 8-bit Adam on the GPU; None where none fits, or it takes no less.
     """
 
     cluster: Cluster
@@ -44,13 +47,15 @@ class RunPlan:
     trained_parameters: int
     method: str
     optimizer: str
-    tokens_per_gpu: int
-    checkpointing: bool
+    tokens_per_sequence: int
     candidates: list[Candidate]
+    written: list[Candidate]
     chosen: str | None
     config_file: str | None
+    overrides: list[str] | None
     launch: str | None
-    fewest_nodes: list[FewestNodes]
+    fewest_gpus: list[FewestGpus]
+    eight_bit: Candidate | None
     steps: int
     sequences_per_step: int
     tokens: int
@@ -62,10 +67,14 @@ class RunPlan:
     convention: str
     notes: list[str]
 
+    @property
+    def best(self) -> Candidate | None:
+        """The chosen candidate."""
+        return next((candidate for candidate in self.candidates if candidate.memory.strategy == self.chosen), None)
+
 
 def plan_run(
-    recipe: Recipe,
-    shape: Architecture,
+    candidates: Candidates,
     cluster: Cluster,
     documents: NDArray[np.integer],
     *,
@@ -75,53 +84,57 @@ def plan_run(
 ) -> RunPlan:
     """Plan a run on `cluster`.
 
+    - `candidates`: of the recipe;
     - `documents`: lengths in tokens of the rows that an epoch trains, [rows];
     - `steps`, `epochs`, `sequences_per_step`: from the schedule.
     """
-    settings = with_defaults(recipe.training)
+    recipe = candidates.recipe
+    per_epoch = count_training_flops(candidates.shape, documents)
+    flops = Flops(per_epoch.parameters * epochs, per_epoch.attention * epochs)
+    workload = Workload(steps, Flops(flops.parameters / max(steps, 1), flops.attention / max(steps, 1)))
+    best = find_best(candidates, cluster, workload)
+    chosen = choose(best)
     optimizer = optimizer_name(recipe)
-    length = recipe.data.max_length if recipe.data.packing else int(documents.max(initial=0))
-    length = -(-length // recipe.model.sequence_parallel)  # of each GPU that shares a sequence
-    strategies = list_strategies(cluster)
-    candidates = [evaluate_candidate(recipe, shape, cluster, strategy, optimizer, length) for strategy in strategies]
-    fitting = [(candidate.caution is not None, rank) for rank, candidate in enumerate(candidates) if candidate.fits]
-    chosen = strategies[min(fitting)[1]] if fitting else None
-    per_epoch = count_training_flops(shape, documents)
-    flops = per_epoch.total * epochs
-    hours = estimate_hours(flops, cluster.processes, cluster.peak_flops, cluster.mfu)
+    optimizers = list_optimizers(optimizer)
+    eight_bit = find_best(candidates, cluster, workload, EIGHT_BIT_ADAM) if EIGHT_BIT_ADAM in optimizers[1:] else []
+    hours = chosen.hours if chosen else flops.total / (cluster.processes * cluster.peak_flops * cluster.mfu) / 3_600
     return RunPlan(
         cluster=cluster,
-        parameters=shape.total,
-        trained_parameters=shape.trained,
+        parameters=candidates.shape.total,
+        trained_parameters=candidates.shape.trained,
         method="full" if recipe.adapter is None else "QLoRA" if recipe.quantization else "LoRA",
         optimizer=optimizer,
-        tokens_per_gpu=settings["per_device_train_batch_size"] * length,
-        checkpointing=uses_checkpointing(settings),
-        candidates=candidates,
-        chosen=chosen.name if chosen else None,
-        config_file=_config_file(chosen, cluster) if chosen else None,
-        launch=_launch(recipe, chosen, cluster, optimizer) if chosen else None,
-        fewest_nodes=[find_fewest_nodes(recipe, shape, cluster, name, length) for name in list_optimizers(optimizer)],
+        tokens_per_sequence=candidates.length,
+        candidates=best,
+        written=evaluate_written(candidates, cluster, workload),
+        chosen=chosen.settings.strategy.name if chosen else None,
+        config_file=config_file(chosen.settings.strategy, cluster) if chosen else None,
+        overrides=chosen.overrides if chosen else None,
+        launch=launch_command(recipe, chosen, cluster) if chosen else None,
+        fewest_gpus=[find_fewest(candidates, cluster, name) for name in optimizers],
+        eight_bit=choose([candidate for candidate in eight_bit if not candidate.settings.strategy.offload]),
         steps=steps,
         sequences_per_step=sequences_per_step,
         tokens=round(float(documents.sum()) * epochs),
-        parameter_flops=per_epoch.parameters * epochs,
-        attention_flops=per_epoch.attention * epochs,
-        flops=flops,
+        parameter_flops=flops.parameters,
+        attention_flops=flops.attention,
+        flops=flops.total,
         hours=hours,
         gpu_hours=hours * cluster.processes,
         convention=CONVENTION,
-        notes=_notes(recipe, settings, optimizer, chosen),
+        notes=_notes(recipe, with_defaults(recipe.training), chosen),
     )
 
 
-def _config_file(strategy: Strategy, cluster: Cluster) -> str:
+def config_file(strategy: Strategy, cluster: Cluster) -> str:
+    """Return the accelerate configuration of a strategy on `cluster`."""
     return strategy.config_file if cluster.processes > 1 or strategy.stage else "accelerate_configs/single_gpu.yaml"
 
 
-def _launch(recipe: Recipe, strategy: Strategy, cluster: Cluster, optimizer: str) -> str:
-    """Return the command that starts the run, for a shell."""
-    words = ["accelerate launch --config_file", _config_file(strategy, cluster)]
+def launch_command(recipe: Recipe, candidate: Candidate, cluster: Cluster) -> str:
+    """Return the command that starts the run with a candidate's settings, for a shell."""
+    strategy = candidate.settings.strategy
+    words = ["accelerate launch --config_file", config_file(strategy, cluster)]
     if cluster.processes > 1:
         words.append(f"--num_processes {cluster.processes}")
     if cluster.nodes > 1:
@@ -129,33 +142,28 @@ def _launch(recipe: Recipe, strategy: Strategy, cluster: Cluster, optimizer: str
         words.append("--main_process_port 29500")
     if cluster.nodes > 1 and strategy.stage:
         words.append("--deepspeed_multinode_launcher standard")
-    words += ["train/sft.py --recipe", *map(shlex.quote, [recipe._origin.file, *recipe._origin.overrides])]
-    if strategy.offload and not runs_on_host(optimizer):
-        words.append("training.optim=adamw_torch")
+    changed = {override.partition("=")[0] for override in candidate.overrides}
+    own = [override for override in recipe._origin.overrides if override.partition("=")[0] not in changed]
+    words += ["train/sft.py --recipe", *map(shlex.quote, [recipe._origin.file, *own, *candidate.overrides])]
     return " ".join(words)
 
 
-def _notes(recipe: Recipe, settings: dict[str, Any], optimizer: str, chosen: Strategy | None) -> list[str]:
+def _notes(recipe: Recipe, settings: dict[str, Any], chosen: Candidate | None) -> list[str]:
     """Return sentences on the limits of the plan's figures for this recipe."""
+    optimizer, offload = optimizer_name(recipe), bool(chosen and chosen.settings.strategy.offload)
     notes = []
     if optimizer not in KNOWN:
         notes.append(f"training.optim: {optimizer} is counted as AdamW with float32 states: its own are not known here")
-    if chosen and chosen.offload:
-        notes.append("offload waits for the host's memory and CPU: it takes far longer than the hours shown")
     if is_paged(optimizer):
         notes.append(f"training.optim: {optimizer} may move its states to the host's memory; counted as if it didn't")
-    if not runs_on_host(optimizer):
+    if offload and not runs_on_host(optimizer):
         notes.append(f"offload runs AdamW in float32 on the CPU, in place of {optimizer}")
-    if (chosen is None or chosen.offload) and "8bit" not in optimizer and recipe.adapter is None:
-        notes.append("training.optim=adamw_bnb_8bit takes 6 bytes a parameter less than AdamW, spread over the GPUs")
     notes += [
         f"training.{key} in the recipe decides how the run is split, whatever it is launched with: take it out, and "
         "the launch configuration does"
         for key in ("deepspeed", "fsdp")
         if settings.get(key)
     ]
-    if is_selective(settings):
-        notes.append("selective checkpointing is counted as none: between the two, at most that much")
     if settings.get("activation_offloading"):
         notes.append("training.activation_offloading moves activations to the host's memory; counted as if it didn't")
     if settings["label_smoothing_factor"] or settings.get("loss_type") not in (None, "nll"):

@@ -1,0 +1,217 @@
+"""Activations from the trace of a few layers: against a trace of all layers, against the bytes of real runs on a CPU,
+and against counts by hand."""
+
+import contextlib
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from live_bytes import LiveBytes
+from transformers import (
+    AutoModelForCausalLM,
+    FalconH1Config,
+    Gemma2Config,
+    Gemma3TextConfig,
+    LlamaConfig,
+    Phi3Config,
+    PreTrainedConfig,
+)
+from trl.trainer.utils import add_fused_lm_head
+
+from train.preflight.plan.activations import ActivationTracer
+from train.preflight.plan.fused_head import TOKEN_CHUNK, VOCABULARY_CHUNK, FusedHeadAllocations
+from train.recipe import AdapterSection, QuantizationSection
+from train.recipe.schema import ModelSection
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 128,
+    "hidden_size": 64,
+    "intermediate_size": 176,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "num_hidden_layers": 9,
+    "pad_token_id": 0,
+}
+LORA = AdapterSection(r=4, lora_dropout=0.05)
+LONGROPE = {"type": "longrope", "short_factor": [1.0] * 8, "long_factor": [2.0] * 8}
+CONFIGS = {
+    "llama": LlamaConfig(**SIZES),
+    "gemma2": Gemma2Config(**SIZES, head_dim=16),
+    "gemma3": Gemma3TextConfig(**SIZES, head_dim=16),
+    "phi3 longrope": Phi3Config(**SIZES, original_max_position_embeddings=4096, rope_scaling=LONGROPE),
+    "falcon-h1": FalconH1Config(
+        **SIZES, mamba_d_ssm=64, mamba_n_heads=4, mamba_d_head=16, mamba_d_state=16, mamba_chunk_size=64
+    ),
+}
+BF16: dict[str, Any] = {"weights": "bfloat16", "autocast": False}
+FLOAT32: dict[str, Any] = {"weights": "float32", "autocast": True}
+
+
+def tracer(config: PreTrainedConfig, attention: str = "auto", **sections: Any) -> ActivationTracer:
+    recipe: Any = SimpleNamespace(
+        model=ModelSection(name_or_path="x", attention=attention),  # type: ignore[arg-type]
+        data=SimpleNamespace(packing=True),
+        training={},
+        **{"adapter": None, "quantization": None} | sections,
+    )
+    return ActivationTracer(recipe, config)
+
+
+def of_layers(config: PreTrainedConfig, layers: int) -> PreTrainedConfig:
+    return type(config)(**{**config.to_dict(), "num_hidden_layers": layers, "layer_types": None})
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "adapter"),
+    [
+        ("llama", BF16 | {"checkpointing": "full"}, None),
+        ("llama", FLOAT32 | {"checkpointing": "none"}, None),
+        ("gemma2", FLOAT32 | {"checkpointing": "full"}, None),
+        ("gemma3", BF16 | {"checkpointing": "selective"}, LORA),
+        ("phi3 longrope", BF16 | {"checkpointing": "none"}, LORA),
+        ("falcon-h1", BF16 | {"checkpointing": "none"}, None),
+    ],
+)
+def test_a_few_layers_stand_for_all(name: str, settings: dict[str, Any], adapter: AdapterSection | None) -> None:
+    few, every = tracer(CONFIGS[name], adapter=adapter), tracer(CONFIGS[name], adapter=adapter)
+    traced = every.trace_all_layers(**settings, tokens=8_192)
+    assert few.activations(**settings, tokens=8_192, longest=8_192) == pytest.approx(traced, rel=1e-6)
+
+
+@pytest.mark.parametrize("tokens", [6_000, 40_960])
+def test_the_bytes_of_other_lengths_follow_from_two(tokens: int) -> None:
+    settings = BF16 | {"checkpointing": "none"}
+    planned = tracer(CONFIGS["llama"]).activations(**settings, tokens=tokens, longest=tokens)
+    traced = tracer(CONFIGS["llama"]).trace_all_layers(**settings, tokens=tokens)
+    assert planned.peak == pytest.approx(traced.peak, rel=1e-3)
+
+
+def real_bytes(config: PreTrainedConfig, attention: str, tokens: int, settings: dict[str, Any]) -> int:
+    """Return the most bytes that the second micro-batch of a real training step allocates on the CPU."""
+    dtype = getattr(torch, settings["weights"])
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
+    add_fused_lm_head(model, outputs=("log_probs", "entropy", "is_top1"))
+    model.train()
+    if settings["checkpointing"] == "full":
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    ids, positions = (
+        torch.zeros(1, tokens, dtype=torch.long),
+        torch.arange(tokens // 2).repeat(2)[None],
+    )  # two documents
+
+    def train() -> None:
+        with torch.autocast("cpu", torch.bfloat16) if settings["autocast"] else contextlib.nullcontext():
+            outputs = model(input_ids=ids, labels=ids, position_ids=positions, fused_lm_head=True)
+        outputs.loss.backward()
+
+    train()
+    with LiveBytes([*model.parameters(), *(weight.grad for weight in model.parameters())]) as live:
+        train()
+    return live.peak
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("checkpointing", ["none", "full"])
+@pytest.mark.parametrize(("weights", "autocast"), [("bfloat16", False), ("float32", False), ("float32", True)])
+def test_the_trace_is_what_a_real_step_allocates(
+    weights: str, autocast: bool, checkpointing: str, attention: str
+) -> None:
+    """The vocabulary is small: TRL's head on a CPU copies a tile of logits several times, which a GPU doesn't."""
+    sizes = {"vocab_size": 16, "hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 6}
+    config = LlamaConfig(**SIZES | sizes)
+    settings = {"weights": weights, "autocast": autocast, "checkpointing": checkpointing}
+    planned = tracer(config, attention).activations(**settings, tokens=512, longest=512)  # type: ignore[arg-type]
+    assert planned.peak == pytest.approx(real_bytes(config, attention, 512, settings), rel=0.03)
+
+
+def test_full_checkpointing_keeps_the_input_of_each_layer() -> None:
+    nine, twenty = (
+        tracer(of_layers(CONFIGS["llama"], layers)).activations(
+            **BF16, checkpointing="full", tokens=8_192, longest=8_192
+        )
+        for layers in (9, 20)
+    )
+    assert twenty.kept - nine.kept == 11 * 8_192 * 64 * 2
+    assert (twenty.working, twenty.head) == (nine.working, nine.head)
+
+
+def test_selective_checkpointing_keeps_the_output_of_attention_besides() -> None:
+    """The output [tokens, heads x size] and a float32 per head; the operator's input is computed again."""
+    llama = tracer(CONFIGS["llama"])
+    full, selective = (
+        llama.activations(**BF16, checkpointing=checkpointing, tokens=8_192, longest=8_192)
+        for checkpointing in ("full", "selective")
+    )
+    per_layer = selective.kept - full.kept
+    assert per_layer == pytest.approx(9 * 8_192 * (2 * 64 + 4 * 4), rel=0.001)
+
+
+def test_a_micro_batch_of_twice_the_tokens_keeps_twice_as_much() -> None:
+    llama = tracer(CONFIGS["llama"])
+    small, large = (
+        llama.activations(**BF16, checkpointing="none", tokens=tokens, longest=8_192) for tokens in (8_192, 16_384)
+    )
+    assert large.kept == pytest.approx(2 * small.kept, rel=0.001)
+
+
+def test_eager_attention_keeps_the_square_of_the_row() -> None:
+    """Softmax in float32 and once more in the dtype of the values: 4 + 2 bytes per head and pair of tokens."""
+    config = LlamaConfig(**SIZES)
+    eager, sdpa = (
+        tracer(config, attention).activations(**BF16, checkpointing="none", tokens=1_024, longest=1_024)
+        for attention in ("eager", "sdpa")
+    )
+    assert eager.kept - sdpa.kept == pytest.approx(9 * 4 * 1_024**2 * (4 + 2), rel=0.1)
+
+
+def test_adapters_in_bfloat16_keep_less_than_in_float32() -> None:
+    """DeepSpeed casts them; else peft casts their input: with dropout a float32 of the input of each linear layer."""
+    llama = tracer(CONFIGS["llama"], adapter=LORA)
+    wide, narrow = (
+        llama.activations(**BF16, checkpointing="none", tokens=8_192, longest=8_192, adapter=adapter)
+        for adapter in ("float32", "bfloat16")
+    )
+    assert narrow.kept < 0.7 * wide.kept
+
+
+def test_a_frozen_4_bit_layer_keeps_no_input() -> None:
+    lora = tracer(CONFIGS["llama"], adapter=LORA)
+    qlora = tracer(CONFIGS["llama"], adapter=LORA, quantization=QuantizationSection())
+    settings: dict[str, Any] = BF16 | {"checkpointing": "none", "tokens": 8_192, "longest": 8_192}
+    full = tracer(CONFIGS["llama"]).activations(**settings)
+    in_bf16 = lora.activations(**settings, adapter="bfloat16")
+    assert qlora.activations(**settings).kept == pytest.approx(in_bf16.kept, rel=0.02)
+    assert full.head > in_bf16.head
+
+
+def test_the_stand_in_of_the_head_allocates_what_trl_does() -> None:
+    """In float32 TRL's CPU form differs from that of a GPU by temporaries of a tile, which are small here."""
+    from trl.kernels.chunked_logprob import ChunkedLogProbFunction
+
+    hidden, weight = torch.randn(2_048, 512, requires_grad=True), torch.randn(512, 512, requires_grad=True)
+    targets = torch.zeros(2_048, dtype=torch.long)
+
+    def peak(function: Any, *arguments: Any) -> int:
+        with LiveBytes([hidden, weight, targets]) as live:
+            log_probabilities, *_ = function.apply(hidden, weight, None, targets, *arguments)
+            torch.autograd.grad(log_probabilities.sum(), [hidden, weight])
+        return live.peak
+
+    real = peak(ChunkedLogProbFunction, 1.0, 4, None, 1.0, ("entropy", "is_top1"))
+    assert peak(FusedHeadAllocations, 4) == pytest.approx(real, rel=0.05)
+
+
+def test_the_head_holds_no_logits_but_a_tile() -> None:
+    """16,384 tokens of a vocabulary of 128,256: logits would be 4.2 GB in bfloat16."""
+    config = LlamaConfig(**SIZES | {"vocab_size": 128_256, "num_hidden_layers": 1})
+    head = tracer(config).activations(**BF16, checkpointing="full", tokens=16_384, longest=8_192).head
+    tile = TOKEN_CHUNK * VOCABULARY_CHUNK * 2
+    assert head == pytest.approx(tile + 16_384 * 64 * (2 + 4) + 128_256 * 64 * (4 + 2), rel=0.02)
+
+
+def test_the_tiles_of_the_head_are_those_of_trl() -> None:
+    from trl.kernels import chunked_logprob
+    from trl.trainer import utils
+
+    assert (TOKEN_CHUNK, VOCABULARY_CHUNK) == (chunked_logprob.TOKEN_CHUNK_SIZE, utils._CHUNKED_LOGPROB_CHUNK_SIZE)

@@ -1,0 +1,141 @@
+"""Settings that the plan compares for one recipe, and the overrides that turn the recipe into each of them."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from train.model.architecture import Architecture
+from train.preflight.plan.activations import Checkpointing
+from train.preflight.plan.memory import Strategy
+from train.preflight.plan.optimizer_states import runs_on_host
+from train.recipe import Recipe
+from train.recipe.schedule import BATCH_KEYS
+from train.recipe.sft_config import with_defaults
+
+_DEFAULT_OPTIMIZER = "adamw_torch_fused"  # transformers' with torch 2.8 or newer
+_CHECKPOINTING_KEYS = ("gradient_checkpointing", "activation_checkpointing")  # two names of one setting
+_KWARGS_KEYS = ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs")
+_WITHOUT_OPERATOR = ("eager", "flex_attention")
+"""Kernels that TRL's selective checkpointing does not recognise (selective_activation_checkpointing.py in trl/models),
+so it would save nothing."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """One way to run a recipe. Rows, loss and sequences per step are the same under all of them.
+
+    - `dtype`: of the loaded weights, `model.dtype`;
+    - `checkpointing`: none, selective (attention outputs are kept) or full (layer inputs are kept);
+    - `batch`, `accumulation`: sequences of a micro-batch, micro-batches of an optimizer step;
+    - `optimizer`: `training.optim`.
+    """
+
+    strategy: Strategy
+    dtype: str
+    checkpointing: Checkpointing
+    batch: int
+    accumulation: int
+    optimizer: str
+
+
+def optimizer_name(recipe: Recipe) -> str:
+    """Return the recipe's `training.optim`, or transformers' default."""
+    return str(recipe.training.get("optim") or _DEFAULT_OPTIMIZER)
+
+
+def computes_in_16_bits(recipe: Recipe) -> bool:
+    """Return whether matrix products have 16-bit operands: DeepSpeed's bf16 or fp16, or autocast."""
+    settings = with_defaults(recipe.training)
+    return bool(settings["fp16"]) or settings.get("bf16") is not False
+
+
+def has_16_bit_weights(shape: Architecture) -> bool:
+    """Return whether the weights of `shape` are loaded in 16 bits."""
+    return next(parameter.itemsize for parameter in shape.parameters if parameter.role != "adapter") == 2
+
+
+def written_settings(recipe: Recipe, strategy: Strategy, optimizer: str | None = None) -> Settings:
+    """Return the settings of the recipe as written; offload replaces an optimizer that can't run on the host."""
+    settings = with_defaults(recipe.training)
+    optimizer = optimizer or optimizer_name(recipe)
+    return Settings(
+        strategy=strategy,
+        dtype=recipe.model.dtype,
+        checkpointing=_checkpointing(settings),
+        batch=settings["per_device_train_batch_size"],
+        accumulation=settings["gradient_accumulation_steps"],
+        optimizer="adamw_torch" if strategy.offload and not runs_on_host(optimizer) else optimizer,
+    )
+
+
+def list_settings(
+    recipe: Recipe, strategy: Strategy, optimizer: str | None = None, *, weights_of_16_bits: bool
+) -> Iterator[Settings]:
+    """Yield all settings under `strategy` with the recipe's sequences per step; `optimizer`: in place of its own.
+
+    - dtype: the recipe's. Under DDP and on one GPU, which have no master weights, full fine-tuning in 16 bits becomes
+      float32 (computed in 16 bits by autocast): 16-bit weights lose small updates.
+    - checkpointing: all that TRL supports with this method and strategy (check_sharding in train/loop/arguments.py;
+      float8 in train/model/float8.py).
+    - micro-batch: the divisors of the recipe's sequences per process.
+    """
+    written = written_settings(recipe, strategy, optimizer)
+    keeps_no_masters = strategy.stage == 0 and recipe.adapter is None and weights_of_16_bits
+    dtype = "float32" if keeps_no_masters else written.dtype
+    sequences = written.batch * written.accumulation
+    for checkpointing in _checkpointing_choices(recipe, strategy):
+        for batch in (size for size in range(1, sequences + 1) if sequences % size == 0):
+            yield Settings(strategy, dtype, checkpointing, batch, sequences // batch, written.optimizer)
+
+
+def list_overrides(recipe: Recipe, settings: Settings) -> list[str]:
+    """Return the overrides `key=value` that give the recipe these settings; none where it has them."""
+    defaults = with_defaults(recipe.training)
+    changes: list[tuple[str, Any]] = []
+    if settings.dtype != recipe.model.dtype:
+        changes.append(("model.dtype", settings.dtype))
+    now, written = settings.checkpointing, _checkpointing(defaults)
+    if now != written and "none" in (now, written):
+        changes += [(f"training.{key}", now != "none") for key in _written_keys(recipe, _CHECKPOINTING_KEYS)]
+    if now != written and "selective" in (now, written):
+        keys = _written_keys(recipe, _KWARGS_KEYS)
+        changes += [(f"training.{key}.selective", now == "selective") for key in keys]
+        reentrant = [key for key in keys if now == "selective" and _kwargs(defaults, key).get("use_reentrant")]
+        changes += [(f"training.{key}.use_reentrant", False) for key in reentrant]  # selective needs the other kind
+    for key, value in zip(BATCH_KEYS, (settings.batch, settings.accumulation), strict=True):
+        if value != defaults[key.removeprefix("training.")]:
+            changes.append((key, value))
+    if settings.optimizer != optimizer_name(recipe):
+        changes.append(("training.optim", settings.optimizer))
+    return [f"{key}={str(value).lower() if isinstance(value, bool) else value}" for key, value in changes]
+
+
+def _written_keys(recipe: Recipe, names: Sequence[str]) -> list[str]:
+    """Return the names of one setting that the recipe uses, or the first."""
+    return [name for name in names if recipe.training.get(name) is not None] or [names[0]]
+
+
+def _checkpointing(settings: dict[str, Any]) -> Checkpointing:
+    """Return the checkpointing of `training` with its defaults."""
+    choices = [settings.get(key) for key in reversed(_CHECKPOINTING_KEYS)]
+    if not next((choice for choice in choices if choice is not None), False):
+        return "none"
+    selective = any(_kwargs(settings, key).get("selective") for key in _KWARGS_KEYS)
+    return "selective" if selective else "full"
+
+
+def _kwargs(settings: dict[str, Any], key: str) -> dict[str, Any]:
+    """Return a section of `training`; empty for JSON in a string, which the overrides can't change."""
+    value = settings.get(key)
+    return value if isinstance(value, dict) else {}
+
+
+def _checkpointing_choices(recipe: Recipe, strategy: Strategy) -> list[Checkpointing]:
+    choices: list[Checkpointing] = ["none", "selective", "full"]
+    in_a_string = any(isinstance(recipe.training.get(key), str) for key in _KWARGS_KEYS)
+    unsupported = recipe.adapter is not None and strategy.stage == 3
+    if recipe.model.attention in _WITHOUT_OPERATOR or unsupported or in_a_string:
+        choices.remove("selective")
+    if recipe.model.float8 is not None and strategy.stage == 3:
+        choices.remove("none")
+    return choices

@@ -181,7 +181,7 @@ class Candidates:
 
     def check_traceable(self) -> None:
         """Raise UserError for a model whose activations can't be traced."""
-        self._tracer.activations(
+        self.tracer.activations(
             weights="bfloat16", autocast=False, checkpointing="full", tokens=self.length, longest=self.length
         )
 

@@ -121,6 +121,8 @@ class ActivationTracer:
         if tokens <= TOKEN_CHUNK:
             return None
         small, large = 2 * TOKEN_CHUNK, 4 * TOKEN_CHUNK
+        if tokens in (small, large):
+            return self._trace(setting, tokens, 1)
         low, high = self._trace(setting, small, 1), self._trace(setting, large, 1)
         if low.keys() != high.keys() or any(len(low[name]) != len(high[name]) for name in low):
             return None

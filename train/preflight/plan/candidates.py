@@ -179,6 +179,12 @@ class Candidates:
             self._states[key] = count_state_bytes(self._shape_in(settings.dtype), settings.strategy, state_settings)
         return self._states[key]
 
+    def check_traceable(self) -> None:
+        """Raise UserError for a model whose activations can't be traced."""
+        self.tracer.activations(
+            weights="bfloat16", autocast=False, checkpointing="full", tokens=self.length, longest=self.length
+        )
+
     def _activations(self, settings: Settings) -> Activations:
         """Trace them: DeepSpeed casts all weights to 16 bits; without it autocast does where they are used."""
         length = -(-self.length // self.recipe.model.sequence_parallel)  # on each GPU that shares a sequence

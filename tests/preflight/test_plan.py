@@ -144,18 +144,16 @@ def test_janus_trains_on_one_h200_without_offload_and_on_eight_h100_without_full
     assert "model.dtype=float32" in (single.launch or "")
     assert eight.best
     assert eight.best.settings.checkpointing != "full"
-    assert eight.hours < eight.written[0].hours
 
 
-JANUS_ON = {"1xH200": (1, 16), "4xA100-80GB": (1, 4), "8xH100": (1, 2), "8xH200": (1, 2)}
-"""GPUs: nodes, and the accumulation steps that keep the recipe's 32 sequences a step with its micro-batch of 2."""
+JANUS_ON = {"1xH200": 32, "4xA100-80GB": 8, "8xH100": 4, "8xH200": 4}
+"""Accumulation steps that keep the recipe's 32 sequences a step with its micro-batch of 1."""
 
 
 @pytest.mark.parametrize("gpus", JANUS_ON)
 def test_the_readme_s_settings_for_janus_are_those_of_the_plan(gpus: str) -> None:
-    nodes, accumulation = JANUS_ON[gpus]
-    own = () if accumulation == 4 else (f"training.gradient_accumulation_steps={accumulation}",)
-    plan = plan_of(candidates_for(JANUS, *own), gpus, nodes)
+    own = () if JANUS_ON[gpus] == 8 else (f"training.gradient_accumulation_steps={JANUS_ON[gpus]}",)
+    plan = plan_of(candidates_for(JANUS, *own), gpus)
     assert plan.best
     settings = plan.best.settings
     assert settings.batch * settings.accumulation * plan.cluster.processes == 32
@@ -167,7 +165,7 @@ def test_the_readme_s_settings_for_janus_are_those_of_the_plan(gpus: str) -> Non
         f"{plan.best.memory.total / 2**30:.0f}",
     ]
     readme = (ROOT / "accelerate_configs" / "README.md").read_text(encoding="utf-8")
-    assert f"| {' | '.join(cells)} |" in readme.replace("<br>", "")
+    assert f"| {' | '.join(cells)} |" in readme
 
 
 def test_a_run_that_fits_nowhere_says_why() -> None:
@@ -280,12 +278,12 @@ def test_a_plan_notes_what_it_cannot_count() -> None:
     assert "training.optim: galore_adamw is counted as AdamW" in notes(JANUS, "8xH200", *galore)
     split = "training.deepspeed in the recipe decides how the run is split"
     assert split in notes(JANUS, "8xH200", "training.deepspeed=ds_configs/zero2.json")
-    assert "paged_adamw_8bit may move" in notes(ROOT / "recipes/janus-7b/sft/qlora.yaml", "1x24GB")
+    assert "paged_adamw_8bit may move" in notes(JANUS, "8xH200", "training.optim=paged_adamw_8bit")
 
 
 def test_a_plan_initializes_no_gpu() -> None:
     before = torch.cuda.is_initialized()
-    plan_of(candidates_for(ROOT / "recipes/janus-7b/sft/qlora.yaml"), "1x24GB")
+    plan_of(candidates_for(JANUS), "1xH200")
     assert torch.cuda.is_initialized() is before
     assert torch.get_default_device().type == "cpu"
 

@@ -39,8 +39,15 @@ NAMES = [strategy.name for strategy in STRATEGIES]
 RUNS = [
     (FULL, ()),
     (FULL, ("training.optim=adamw_torch_fused", "model.dtype=float32")),
-    (FULL, ("training.gradient_checkpointing=false", "training.per_device_train_batch_size=1")),
-    (FULL, ("training.gradient_checkpointing_kwargs={selective: true}", "training.bf16=false")),
+    (FULL, ("training.gradient_checkpointing=true", "training.per_device_train_batch_size=2")),
+    (
+        FULL,
+        (
+            "training.gradient_checkpointing=true",
+            "training.gradient_checkpointing_kwargs={selective: true}",
+            "training.bf16=false",
+        ),
+    ),
     (FULL, ("model.attention=eager", "training.gradient_accumulation_steps=6")),
     (LORA, ()),
     (LORA, ("training.activation_checkpointing=true", "training.gradient_checkpointing_kwargs={use_reentrant: true}")),
@@ -240,7 +247,7 @@ def test_hours_with_full_checkpointing_are_those_of_the_mfu() -> None:
     [("DDP", 2 * 4), ("ZeRO-1", 3 * 2), ("ZeRO-2", (4 + 1) * 2), ("ZeRO-3", 4 * 3 * 2)],
 )
 def test_communication_is_that_of_the_zero_paper(strategy: str, bytes_per_parameter: int) -> None:
-    recipe = load_recipe(FULL, ["model.dtype=float32"])
+    recipe = load_recipe(FULL, ["model.dtype=float32", "training.gradient_accumulation_steps=4"])
     candidates = Candidates(recipe, CONFIG, 8_192, candidates_of(FULL).tracer)
     cluster = parse_cluster("8xH100")
     settings = written_settings(recipe, next(each for each in STRATEGIES if each.name == strategy))
@@ -262,3 +269,14 @@ def test_communication_that_computing_can_not_hide_is_waited_for() -> None:
     exposed = candidates.evaluate(settings, cluster, nothing).seconds.communication
     volume = settings.accumulation * 3 * 2 * candidates.shape.total * 7 / 8 / (REACHED * 450e9)
     assert exposed == pytest.approx(volume, rel=0.001)
+
+
+def test_gpus_that_share_a_sequence_hold_the_activations_of_their_tokens() -> None:
+    """32,768 tokens on four GPUs take the memory of 8,192 on each; states and steps stay as they are."""
+    shared = load_recipe(FULL, ["model.sequence_parallel=4", "data.max_length=32768"])
+    whole, tracer, cluster = load_recipe(FULL), candidates_of(FULL).tracer, parse_cluster("8xH100")
+    settings = written_settings(whole, STRATEGIES[3])
+    assert written_settings(shared, STRATEGIES[3]) == settings
+    divided = Candidates(shared, CONFIG, 32_768, tracer).memory(settings, cluster)
+    assert divided == Candidates(whole, CONFIG, 8_192, tracer).memory(settings, cluster)
+    assert divided.total < Candidates(whole, CONFIG, 32_768, tracer).memory(settings, cluster).total

@@ -145,8 +145,9 @@ class Throughput(TrainerCallback):
 
     def add(self, batch: BatchInfo, sums: LossSums | None) -> None:
         """Count a micro-batch."""
-        self._documents.append(batch.documents)
-        self._trained_tokens += batch.trained_tokens
+        if batch.is_counted_here:
+            self._documents.append(batch.documents)
+            self._trained_tokens += batch.trained_tokens
         if sums is not None:
             self._sums = sums.plus(self._sums)
 

@@ -64,9 +64,9 @@ def describe_plan(plan: RunPlan) -> list[str]:
 def describe_settings(candidate: Candidate) -> str:
     """Return the settings of a candidate in a few words."""
     settings = candidate.settings
+    checkpointing = "no" if settings.checkpointing == "none" else settings.checkpointing
     return (
-        f"{settings.strategy.name}, {settings.checkpointing} checkpointing, "
-        f"{settings.batch} x {settings.accumulation} sequences"
+        f"{settings.strategy.name}, {checkpointing} checkpointing, {settings.batch} x {settings.accumulation} sequences"
     )
 
 

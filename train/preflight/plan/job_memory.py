@@ -55,7 +55,9 @@ def open_candidates(recipe: Recipe) -> Candidates | None:
     The data isn't read: rows are assumed to be data.max_length long.
     """
     try:
-        return Candidates(recipe, load_config(recipe.model), recipe.data.max_length)
+        candidates = Candidates(recipe, load_config(recipe.model), recipe.data.max_length)
+        candidates.check_traceable()
+        return candidates
     except UserError:
         return None
 

@@ -114,6 +114,8 @@ def _flash_attention(module: Any, query: Any, key: Any, value: Any, mask: Any, *
     """Call torch's kernel without settings that other kernels of FlashAttention have, and that allocate nothing."""
     for name in ("softcap", "s_aux", "dropout"):
         settings.pop(name, None)
+    if settings.get("cu_seq_lens_q") is None:  # code that hands on positions alone: fake ones have no borders
+        settings |= _borders(query.shape[2])
     return torch_varlen.attention(module, query, key, value, mask, **settings)
 
 
@@ -260,6 +262,11 @@ def build_inputs(model: PreTrainedModel, kernel: str, tokens: int, rows: int) ->
         "position_ids": torch.arange(length)[None].expand(rows, length).contiguous(),
     }
     if kernel == _FLASH:
-        borders = torch.empty(9, dtype=torch.int32)
-        inputs |= {"cu_seq_lens_q": borders, "cu_seq_lens_k": borders, "max_length_q": length, "max_length_k": length}
+        inputs |= _borders(length)
     return inputs
+
+
+def _borders(longest: int) -> dict[str, Any]:
+    """Return the borders of eight documents, as TRL's collator names them."""
+    borders = torch.empty(9, dtype=torch.int32)
+    return {"cu_seq_lens_q": borders, "cu_seq_lens_k": borders, "max_length_q": longest, "max_length_k": longest}

@@ -2,13 +2,14 @@ r"""Benchmarks of this trainer beside others, on the same rows.
 
     python scripts/benchmark.py data \
         --tokenizer outputs/smollm2-135m-instruct --json data.json
-    python scripts/benchmark.py train --json train.json --minutes 8
+    python scripts/benchmark.py train --json train.json
     python scripts/benchmark.py sysgen \
         --distilabel distilabel/bin/python --json sysgen.json
 
 data: preparing rows for training (read, render, tokenize, label, pack) by TRL and by us, beside the bare tokenizers.
 
-train: steps of a 7B with random weights on one GPU, by TRL with its defaults and by us under several settings.
+train: the first ten minutes on a GPU: its ceilings and kernels, steps of a 7B with random weights by TRL with its
+defaults and by us under several settings, memory against the plan, a profile.
 
 sysgen: SYSGEN's four calls for each row, to a server that takes the same time for each, by distilabel and by us.
 

@@ -41,7 +41,7 @@ from train.preflight.model_checks import examine_model
 from train.preflight.start_screen import start_screen
 from train.ranks import is_first_rank, world_size
 from train.recipe import Recipe
-from train.recipe.schedule import compute_schedule, schedule_error
+from train.recipe.schedule import compute_schedule, schedule_error, sharing_error
 from train.system_gain.validation_rows import describe_gain, gain_metric_error, load_gain_rows
 
 
@@ -53,7 +53,8 @@ def finetune(recipe: Recipe, checkpoint: Checkpoint | None = None, resume_anyway
     """
     # Check model, settings and template before the data is prepared.
     checked = examine_model(recipe)
-    _refuse([master_weights_error(recipe, checked.dtype, read_launch(recipe.training, os.environ) or Launch())])
+    launch = read_launch(recipe.training, os.environ) or Launch()
+    _refuse([sharing_error(recipe, world_size()), master_weights_error(recipe, checked.dtype, launch)])
     if checkpoint:
         ResumedSettings(checkpoint, recipe).refuse_under_deepspeed(checkpoint, world_size())
     tokenizer, template, _ = load_chat_tokenizer(recipe.model, recipe.chat, get_run_date(checkpoint))
@@ -73,7 +74,9 @@ def finetune(recipe: Recipe, checkpoint: Checkpoint | None = None, resume_anyway
             refuse_changes(checkpoint, facts_before, facts, resume_anyway)
         gain = load_gain_rows(recipe, data, tokenizer)
         tokens_per_sequence = data.train.stats.tokens_per_sequence
-        steps = compute_schedule(recipe.training, len(data.train.dataset), tokens_per_sequence, world_size())
+        steps = compute_schedule(
+            recipe.training, len(data.train.dataset), tokens_per_sequence, world_size(), recipe.model.sequence_parallel
+        )
         _refuse([gain_metric_error(recipe, gain) or schedule_error(recipe.training, steps)])
 
         # Set up the trainer; under ZeRO-3 its arguments must exist before the model is loaded.

@@ -1,149 +1,148 @@
-"""Table of `benchmark.py train`: medians of the timed steps, ratios to TRL, and the accuracy of planned memory."""
+"""Lines, table and comparisons of `benchmark.py train`."""
 
-import statistics
-from collections.abc import Callable, Sequence
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-_TOLERANCE = 0.1
+from benchmarks.training_settings import parse_setting
+
+BASELINES = Path(__file__).parent / "baselines"
+"""Records of earlier runs, one per kind of GPU."""
+_TOLERANCE = 0.03
 """Share of the measured peak within which planned memory counts as right."""
-_BASELINES = {"full": "trl", "lora": "trl-lora"}
-"""The contender that those of each method are compared with."""
-_FACTORS = ("attention", "checkpointing", "liger", "compile", "optim")
 
 Line = dict[str, Any]
 
 
-def summarize(measurement: dict[str, Any], peak_flops: float | None) -> Line:
-    """Return a contender's line: its settings, and medians of the timed steps or the reason why it failed.
-
-    `peak_flops`: of the device; None if unknown, and then there is no MFU.
-    """
-    settings, used = measurement["settings"], measurement.get("used") or {}
-    line: Line = {"contender": measurement["name"], "method": settings["method"]}
-    for factor in _FACTORS:  # `auto` is no kernel, and TRL's defaults are known only from its run
-        line[factor] = used.get(factor) if settings[factor] in (None, "auto") else settings[factor]
-    line["attention"] = line["attention"] or settings["attention"]
-    line["foretold"] = (measurement.get("foretold") or {}).get("total")
-    if "reason" in measurement:
-        return {**line, "reason": measurement["reason"]}
-    steps = [step for step in measurement["steps"] if not step["warmup"]]
-
-    def median(value: Callable[[dict[str, Any]], float]) -> float:
-        return statistics.median(value(step) for step in steps)
-
-    peak = (measurement.get("memory") or {}).get("peak_allocated")
-    has_mfu = peak_flops and all(step["flops"] for step in steps)
-    return {
-        **line,
-        "seconds": median(lambda step: step["seconds"]),
-        "fastest": min(step["seconds"] for step in steps),
-        "slowest": max(step["seconds"] for step in steps),
-        "tokens_per_second": median(lambda step: step["tokens"] / step["seconds"]),
-        "trained_tokens_per_second": median(lambda step: step["trained_tokens"] / step["seconds"]),
-        "mfu": median(lambda step: step["flops"] / step["seconds"]) / peak_flops if has_mfu and peak_flops else None,
-        "peak_allocated": peak,
-        "foretold_error": line["foretold"] / peak - 1 if peak and line["foretold"] else None,
-        "seconds_to_first_step": measurement["seconds_to_first_step"],
-        "first_loss": measurement["steps"][0]["loss"],
-        "last_loss": measurement["steps"][-1]["loss"],
-    }
+def baseline_file(gpu: str) -> Path:
+    """Return the file of a kind of GPU: `NVIDIA H200` -> nvidia-h200.json."""
+    return BASELINES / f"{re.sub('[^a-z0-9]+', '-', gpu.lower()).strip('-')}.json"
 
 
-def speed_ratios(table: Sequence[Line]) -> dict[str, float]:
-    """Return the tokens per second of each contender divided by those of TRL with the same method."""
-    speeds = {line["contender"]: line["tokens_per_second"] for line in table if "reason" not in line}
-    return {
-        f"{line['contender']} / {baseline}": speeds[line["contender"]] / speeds[baseline]
-        for line in table
-        if (baseline := _BASELINES[line["method"]]) in speeds
-        if line["contender"] in speeds and line["contender"] != baseline
-    }
+def read_baseline(file: Path, workload: Mapping[str, Any]) -> dict[str, float]:
+    """Return tokens per second by name in an earlier record; none if there is no file, or it had another workload."""
+    if not file.exists():
+        return {}
+    record = json.loads(file.read_text("utf-8"))
+    if record["workload"] != dict(workload):
+        return {}
+    return {line["name"]: line["tokens_per_second"] for line in record["measurements"] if "tokens_per_second" in line}
 
 
-def format_line(line: Line) -> str:
-    """Return a contender's line as text, for the progress bar."""
+def ratios(lines: Sequence[Line], baseline: Mapping[str, float]) -> dict[str, dict[str, float]]:
+    """Return the tokens per second of each setting divided by those of TRL (`trl`), and of `baseline` (`earlier`)."""
+    speeds = {line["name"]: line["tokens_per_second"] for line in lines if "tokens_per_second" in line}
+    quotients: dict[str, dict[str, float]] = {}
+    for name, speed in speeds.items():
+        setting, quotients[name] = parse_setting(name), {}
+        if setting and not setting.trl and setting.baseline in speeds:
+            quotients[name]["trl"] = speed / speeds[setting.baseline]
+        if name in baseline:
+            quotients[name]["earlier"] = speed / baseline[name]
+    return quotients
+
+
+def format_line(line: Line, machine: Line, ratio: Mapping[str, float]) -> str:
+    """Return a measurement as a line of text. `machine`: the line of that name."""
+    name = line["name"]
+    if "skipped" in line:
+        return f"{name}: skipped: {line['skipped']}"
     if "reason" in line:
-        return f"{line['contender']}: not measured: {line['reason']}"
-    mfu = "" if line["mfu"] is None else f", MFU {line['mfu']:.1%}"
-    peak = "" if line["peak_allocated"] is None else f", {_gib(line['peak_allocated'])} GiB"
-    if line["foretold_error"] is not None:
-        peak += f" (planned {_gib(line['foretold'])}, {line['foretold_error']:+.0%})"
-    return f"{line['contender']}: {line['seconds']:.3f} s/step, {line['tokens_per_second']:,.0f} tokens/s{mfu}{peak}"
+        return f"{name}: not measured: {line['reason']}"
+    if name == "machine":
+        return f"machine: {_format_machine(line)}"
+    if name == "bandwidth":
+        return f"bandwidth: {line['bytes_per_second'] / 1e12:.2f} TB/s for a copy within the device"
+    if name == "profile":
+        return "\n".join([f"profile of {line['setting']}: {_format_profile(line)}", *_format_kernels(line)])
+    speed = f"{line['flops_per_second'] / 1e12:,.3g} TFLOP/s"
+    share = f", {line['flops_per_second'] / machine['peak_flops']:.1%}" if machine["peak_flops"] else ""
+    if name == "matmul":
+        return f"matmul: {speed}{share and share + ' of the data sheet'}"
+    if name.startswith("attention "):
+        return f"{name}: {line['seconds'] * 1e3:.2f} ms forward and backward, {line['tokens']:,} tokens, {speed}"
+    memory = ""
+    if line.get("peak_bytes"):
+        memory = f", {_gib(line['peak_bytes'])} GiB"
+        if line["planned_bytes"]:
+            memory += f" (planned {_gib(line['planned_bytes'])}, {line['planned_bytes'] / line['peak_bytes'] - 1:+.1%})"
+    against = "".join(f", {value:.2f} x {'TRL' if key == 'trl' else key}" for key, value in ratio.items())
+    return (
+        f"{name}: {line['seconds']:.3f} s/step, {line['tokens_per_second']:,.0f} tokens/s"
+        f"{share and ', MFU' + share[1:]}{memory}, start {line['start_seconds']:.0f} s{against}"
+    )
+
+
+def _format_machine(line: Line) -> str:
+    size = "" if line["memory_bytes"] is None else f", {line['memory_bytes'] / 2**30:.0f} GiB"
+    peak = "unknown, so no MFU" if line["peak_flops"] is None else f"{line['peak_flops'] / 1e12:,.0f} TFLOP/s"
+    driver = f", driver {line['driver']}" if line.get("driver") else ""
+    return f"{line['device']}{size}, peak {peak}{driver}; {line['layers']} of {line['of_layers']} layers fit"
+
+
+def _format_profile(line: Line) -> str:
+    return f"{line['seconds']:.3f} s, idle {line['idle_share']:.1%}; {line['trace']}"
+
+
+def _format_kernels(line: Line) -> list[str]:
+    return [
+        f"  {kernel['seconds'] / line['seconds']:6.1%} {kernel['calls']:6,} x {kernel['kernel'][:90]}"
+        for kernel in line["kernels"]
+    ]
 
 
 def _gib(count: int | None) -> str:
     return "–" if count is None else f"{count / 2**30:.1f}"
 
 
-def format_table(table: Sequence[Line], settings: dict[str, Any]) -> str:
-    """Return the table, the reasons of failed contenders, the ratios to TRL and the accuracy of planned memory."""
-    lines = [
-        "| | attention | checkpointing | Liger | compile | optimizer | seconds/step (range) | tokens/s "
-        "| trained tokens/s | MFU | peak GiB | planned GiB | first step | loss |",
-        "|---|---|---|---|---|---|---:|---:|---:|---:|---:|---:|---:|---:|",
+def format_table(lines: Sequence[Line], quotients: Mapping[str, Mapping[str, float]]) -> str:
+    """Return the measured settings as a table in Markdown, and the accuracy of planned memory."""
+    machine = next(line for line in lines if line["name"] == "machine")
+    rows = [
+        "| | attention | s/step (range) | tokens/s | MFU | peak GiB | planned | start | loss | x TRL | x earlier |",
+        "|---|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
-    for line in table:
-        cells = [line["contender"], *(line[factor] or "–" for factor in _FACTORS)]
-        if "reason" in line:
-            cells += ["not measured", *["–"] * 4, _gib(line["foretold"]), "–", "–"]
-        else:
-            cells += [
-                f"{line['seconds']:.3f} ({line['fastest']:.3f}-{line['slowest']:.3f})",
-                f"{line['tokens_per_second']:,.0f}",
-                f"{line['trained_tokens_per_second']:,.0f}",
-                "–" if line["mfu"] is None else f"{line['mfu']:.1%}",
-                _gib(line["peak_allocated"]),
-                _gib(line["foretold"]),
-                f"{line['seconds_to_first_step']:.0f} s",
-                f"{line['first_loss']:.2f} -> {line['last_loss']:.2f}",
-            ]
-        lines.append(f"| {' | '.join(cells)} |")
-    lines.append("")
-    lines += [f"- {line['contender']} was not measured: {line['reason']}" for line in table if "reason" in line]
-    lines += _format_ratios(table)
-    planned = [line for line in table if line.get("foretold_error") is not None]
+    steps = [line for line in lines if "tokens_per_second" in line]
+    for line in steps:
+        ratio = quotients.get(line["name"], {})
+        cells = [
+            line["name"],
+            line["attention"],
+            f"{line['seconds']:.3f} ({line['fastest']:.3f}-{line['slowest']:.3f})",
+            f"{line['tokens_per_second']:,.0f}",
+            f"{line['flops_per_second'] / machine['peak_flops']:.1%}" if machine["peak_flops"] else "–",
+            _gib(line.get("peak_bytes")),
+            _gib(line["planned_bytes"]),
+            f"{line['start_seconds']:.0f} s",
+            f"{line['first_loss']:.2f} -> {line['last_loss']:.2f}",
+            *(f"{ratio[key]:.2f}" if key in ratio else "–" for key in ("trl", "earlier")),
+        ]
+        rows.append(f"| {' | '.join(cells)} |")
+    planned = [
+        (line["planned_bytes"] / line["peak_bytes"] - 1, line["name"])
+        for line in steps
+        if line.get("peak_bytes") and line["planned_bytes"]
+    ]
     if planned:
-        right = sum(abs(line["foretold_error"]) <= _TOLERANCE for line in planned)
-        worst = max(planned, key=lambda line: abs(line["foretold_error"]))
-        lines.append(
-            f"- planned memory is within {_TOLERANCE:.0%} of the peak in {right} of {len(planned)} settings; the worst "
-            f"is {worst['contender']}: {_gib(worst['foretold'])} GiB planned, {_gib(worst['peak_allocated'])} measured"
-        )
-    config = settings["config"]
-    return "\n".join(
-        [
-            *lines,
-            "",
-            f"Medians of {settings['steps']} steps after {settings['warmup']}, each contender in a fresh process with "
-            "empty caches. A step includes reading its rows, and ends when the device has finished its work. "
-            f"{config['model_type']} of {config['num_hidden_layers']} layers, hidden size {config['hidden_size']:,}, "
-            f"random weights; {settings['batch']} x {settings['max_length']:,} tokens per step of rows with Janus-like "
-            f"lengths (random letters), packed by each trainer itself; seed {settings['seed']}. "
-            "trl: TRL's defaults except max_length, packing, assistant_only_loss, batch size, seed and number of "
-            "steps, without saving and tracking; bfloat16 weights (trl-float32: TRL's default) and the recipe's LoRA. "
-            "full, lora: train/sft.py with recipes/janus-7b/sft, without evaluation, saving and tracking, with the "
-            "changes in the name. MFU: by the convention of train/model/flops.py, against the peak of dense bfloat16. "
-            "Peak GiB: allocated by PyTorch. Planned GiB: train/preflight/plan/plan.py, which counts selective "
-            "checkpointing as none and leaves out Liger and compile.",
-        ]
-    )
+        right = sum(abs(error) <= _TOLERANCE for error, _ in planned)
+        error, name = max(planned, key=lambda each: abs(each[0]))
+        within = f"within {_TOLERANCE:.0%} of the peak in {right} of {len(planned)} settings"
+        rows.append(f"\nPlanned memory is {within}; the worst is {name}: {error:+.1%}.")
+    return "\n".join(rows)
 
 
-def _format_ratios(table: Sequence[Line]) -> list[str]:
-    """Return lines that compare the unchanged recipe and the fastest contender of each method with TRL."""
-    ratios = speed_ratios(table)
-    lines = []
-    for method, baseline in _BASELINES.items():
-        by_name = {
-            line["contender"]: ratios[f"{line['contender']} / {baseline}"]
-            for line in table
-            if line["method"] == method and not line["contender"].startswith("trl")
-            if f"{line['contender']} / {baseline}" in ratios
-        }
-        fastest = max(by_name, key=by_name.__getitem__, default=method)
-        lines += [
-            f"- {name}: {by_name[name]:.2f} times the tokens per second of {baseline}"
-            for name in dict.fromkeys([method, fastest])
-            if name in by_name
-        ]
-    return lines
+def best_settings(lines: Sequence[Line]) -> dict[str, dict[str, Any]]:
+    """Return the fastest setting of each group, with the overrides of the recipe that select it."""
+    best: dict[str, dict[str, Any]] = {}
+    for line in sorted(lines, key=lambda line: -line.get("tokens_per_second", 0)):
+        setting = parse_setting(line["name"])
+        if setting and not setting.trl and "tokens_per_second" in line and setting.group not in best:
+            best[setting.group] = {
+                "name": setting.name,
+                "recipe": f"recipes/janus-7b/sft/{setting.method}.yaml",
+                "overrides": setting.overrides,
+                "tokens_per_second": line["tokens_per_second"],
+            }
+    return best

@@ -2,6 +2,7 @@
 
 import itertools
 import random
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 from torch.utils.data import BatchSampler
 
 from train.data.packing import plan_packing
-from train.loop.sampler import attention_cost, epoch_order, imbalance
+from train.loop.sampler import SharedBatches, attention_cost, epoch_order, imbalance
 
 COUNTS = {"ranks": st.integers(1, 4), "batch": st.integers(1, 3), "accumulation": st.integers(1, 3)}
 
@@ -123,3 +124,23 @@ def test_a_documents_cost_is_linear_plus_quadratic_and_ends_at_its_border() -> N
 def test_counts_below_one_are_refused(counts: dict[str, int]) -> None:
     with pytest.raises(ValueError, match="must be >= 1"):
         epoch_order([1.0], **{"ranks": 1, "batch": 1, "accumulation": 1, "seed": 0, "epoch": 0, **counts})
+
+
+@pytest.mark.parametrize("drop_last", [False, True])
+@pytest.mark.parametrize("copies", [1, 2, 4])
+@pytest.mark.parametrize(("groups", "batch"), [(1, 1), (2, 1), (1, 3), (3, 2)])
+@pytest.mark.parametrize("sequences", [3, 12, 17])
+def test_ranks_that_share_sequences_get_the_batches_of_one(
+    sequences: int, groups: int, batch: int, copies: int, drop_last: bool
+) -> None:
+    """accelerate gives each rank of a group what it gives one rank in its place."""
+    arguments = SimpleNamespace(world_size=groups * copies, dataloader_drop_last=drop_last)
+    order = [sequence * 7 % sequences for sequence in range(sequences)]
+    shared = SharedBatches(order, batch, copies, arguments)
+    assert len(shared) == len(list(shared))
+
+    def batches(sampler: object, ranks: int, rank: int) -> list[list[int]]:
+        return list(BatchSamplerShard(BatchSampler(sampler, batch, drop_last), ranks, rank))
+
+    for rank in range(groups * copies):
+        assert batches(shared, groups * copies, rank) == batches(order, groups, rank // copies)

@@ -85,6 +85,26 @@ FAULTS = {
         {"adapter": {"r": 2, "modules_to_save": ["lm_head", "embed_token"]}},
         ["adapter.modules_to_save", "'embed_token'", "embed_tokens", "lm_head", "q_proj"],
     ),
+    "heads that processes can't share": (
+        {"model": {"sequence_parallel": 3}},
+        ["model.sequence_parallel: 3 does not divide the 4 attention heads", "Allowed: 1, 2, 4."],
+    ),
+    "processes that can't share sequences": (
+        {"model": {"sequence_parallel": 2}},
+        ["model.sequence_parallel: 2 does not divide the 1 process", "--num_processes"],
+    ),
+    "a kernel that can't share sequences": (
+        {"model": {"sequence_parallel": 2, "attention": "eager"}},
+        ["model.sequence_parallel does not support the attention kernel eager"],
+    ),
+    "noise that depends on a sequence's length": (
+        {"model": {"sequence_parallel": 2}, "training": {"neftune_noise_alpha": 5.0}},
+        ["model.sequence_parallel: ", "training.neftune_noise_alpha"],
+    ),
+    "a loss of all logits": (
+        {"model": {"sequence_parallel": 2}, "training": {"label_smoothing_factor": 0.1}},
+        ["model.sequence_parallel: ", "training.label_smoothing_factor"],
+    ),
     "a kernel that can't train here": ({"model": {"attention": "flex_attention"}}, ["model.attention", "CUDA"]),
 }
 
@@ -176,6 +196,17 @@ def test_parallelism_of_the_launch_that_does_not_support_packed_rows_is_an_error
     assert f"parallelism_config_{size.lower()}_size: 2 in the launch configuration" in error
     assert "dp_shard" not in error
     assert "write `model.sequence_parallel`" in error
+
+
+def test_a_check_counts_the_steps_of_gpus_that_share_sequences(
+    recipe_file: Callable[..., Path], refused: Callable[..., str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = str(recipe_file(model={"sequence_parallel": 2}, training={"per_device_train_batch_size": 1}))
+    assert main(["--recipe", recipe, "--check", "--gpus", "6x80GB"]) == 0
+    page = " ".join(capsys.readouterr().out.split())
+    assert "; 6 processes, 2 for each sequence 3 sequences per step" in page
+    error = refused("--recipe", recipe, "--check", "--gpus", "5x80GB")
+    assert "model.sequence_parallel: 2 does not divide the 5 processes" in error
 
 
 @pytest.mark.parametrize("mode", [[], ["--check"]], ids=["start", "check"])

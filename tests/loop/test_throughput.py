@@ -117,6 +117,57 @@ def test_mfu_counts_the_trained_documents(recipe_file: Callable[..., Path]) -> N
     assert "entropy" not in metrics
 
 
+class Device:
+    """A device with a queue, in the place of CUDA's: an event happens when the work that is queued before it is done."""
+
+    def __init__(self) -> None:
+        self.host = self.busy_until = 0.0
+        self.waits = 0
+
+    def launch(self, seconds: float) -> None:
+        self.host += 0.001  # of the host; the device works on
+        self.busy_until = max(self.busy_until, self.host) + seconds
+
+    def now(self) -> float:
+        return max(self.busy_until, self.host)
+
+    def between(self, start: float, end: float) -> float:
+        self.waits += end > self.host
+        self.host = max(self.host, end)
+        return end - start
+
+
+@pytest.mark.parametrize("logging_steps", [1, 3])
+def test_a_step_lasts_until_the_device_has_done_its_optimizer_step(logging_steps: int) -> None:
+    """6 steps: 0.25 s of waiting for data, 1.0 s of kernels before the host waits, 0.5 s of the optimizer's after it."""
+    throughput, device = Throughput(Accelerator(cpu=True), None), Device()
+    throughput._clock = device
+    metrics = []
+    for step in range(1, 7):
+        throughput.begin_step()
+        device.host += 0.25
+        with throughput.timed("backward"):
+            with throughput.timed("forward"):
+                device.launch(0.4)
+            device.launch(0.6)
+        device.host = device.now()  # the norm of the gradients is read
+        throughput.on_pre_optimizer_step()
+        device.launch(0.5)
+        throughput.on_optimizer_step()
+        throughput.on_step_end()
+        if step % logging_steps == 0:
+            metrics.append(throughput.gather_metrics()[0])
+            device.host = max(device.host, device.busy_until) + 9  # evaluation and saving belong to no step
+        assert device.waits <= len(metrics)  # a step that is not logged never waits for the device
+    # the first step after a pause begins on an idle device; the data of the others arrive while it works
+    idle = 0.25 + 1.0 + 0.5
+    overlapped = 1.0 + 0.5
+    expected = (idle + (logging_steps - 1) * overlapped) / logging_steps
+    for line in metrics:
+        assert line["seconds_per_step"] == pytest.approx(expected, abs=0.005)
+        assert line["seconds_optimizer"] == pytest.approx(0.5, abs=0.005)
+
+
 @pytest.mark.parametrize(
     ("name", "gpu"),
     [

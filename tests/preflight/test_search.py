@@ -269,3 +269,14 @@ def test_communication_that_computing_can_not_hide_is_waited_for() -> None:
     exposed = candidates.evaluate(settings, cluster, nothing).seconds.communication
     volume = settings.accumulation * 3 * 2 * candidates.shape.total * 7 / 8 / (REACHED * 450e9)
     assert exposed == pytest.approx(volume, rel=0.001)
+
+
+def test_gpus_that_share_a_sequence_hold_the_activations_of_their_tokens() -> None:
+    """32,768 tokens on four GPUs take the memory of 8,192 on each; states and steps stay as they are."""
+    shared = load_recipe(FULL, ["model.sequence_parallel=4", "data.max_length=32768"])
+    whole, tracer, cluster = load_recipe(FULL), candidates_of(FULL).tracer, parse_cluster("8xH100")
+    settings = written_settings(whole, STRATEGIES[3])
+    assert written_settings(shared, STRATEGIES[3]) == settings
+    divided = Candidates(shared, CONFIG, 32_768, tracer).memory(settings, cluster)
+    assert divided == Candidates(whole, CONFIG, 8_192, tracer).memory(settings, cluster)
+    assert divided.total < Candidates(whole, CONFIG, 32_768, tracer).memory(settings, cluster).total

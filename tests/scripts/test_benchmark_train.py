@@ -1,10 +1,9 @@
-"""scripts/benchmark.py train: its counts are counted again from the rows, and no measurement is lost."""
+"""scripts/benchmark.py train: a dry run end to end, its counts counted again from the rows, and no measurement lost."""
 
+import gc
 import json
-import os
 import random
 import re
-import signal
 import statistics
 import subprocess
 import sys
@@ -12,6 +11,8 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Callable
+from contextlib import redirect_stdout
+from io import StringIO
 from itertools import accumulate
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,57 +20,123 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, MistralForCausalLM
+
+from train.loop.throughput import TIMING_METRICS
 
 ROOT = Path(__file__).parents[2]
 ROWS, MAX_LENGTH, SEED = 10, 1_800, 8
-TINY = ["--config", "tiny", "--rows", ROWS, "--max-length", MAX_LENGTH, "--warmup", 1, "--seed", SEED]
-SELECTIVE = "full+checkpointing=selective+optim=adamw_torch_fused"
-MEASURED = ["trl", "lora", SELECTIVE]
-FAILING = ["full+liger=on+optim=adamw_torch_fused", "full+attention=flash_attention_2"]
+STEPS = ["full", "trl", "full+checkpointing=selective", "trl-lora", "lora+checkpointing=none+batch=2"]
+FAILING = {
+    "attention torch_varlen": "needs a CUDA device",
+    "full+dtype=float8": "model.dtype",
+    "full+attention=flash_attention_2": "needs the package flash-attn",
+}
+NAMES = ["machine", "matmul", "bandwidth", "attention sdpa", *STEPS, *FAILING, "profile"]
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="measures and refuses what a CPU does")
 
 
-def command(*arguments: object) -> list[str]:
-    return [sys.executable, str(ROOT / "scripts" / "benchmark.py"), "train", *map(str, arguments)]
-
-
-def run(*arguments: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command(*arguments), capture_output=True, text=True, check=False)
+@pytest.fixture(scope="module")
+def scripts() -> SimpleNamespace:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(ROOT / "scripts")
+        import benchmark
+        from benchmarks import (
+            process,
+            rows,
+            training,
+            training_inputs,
+            training_settings,
+            training_steps,
+            training_table,
+            training_worker,
+        )
+    return SimpleNamespace(
+        main=benchmark.main,
+        process=process,
+        rows=rows,
+        training=training,
+        inputs=training_inputs,
+        settings=training_settings,
+        steps=training_steps,
+        table=training_table,
+        worker=training_worker,
+    )
 
 
 def read(file: Path) -> dict[str, Any]:
     return json.loads(file.read_text(encoding="utf-8"))
 
 
-@pytest.fixture
-def scripts(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
-    monkeypatch.syspath_prepend(ROOT / "scripts")
-    from benchmarks import process as benchmark_process
-    from benchmarks import rows as benchmark_rows
-    from benchmarks import training as benchmark_train
-    from benchmarks import training_contenders as benchmark_train_contenders
-    from benchmarks import training_model as benchmark_train_model
-    from benchmarks import training_table as benchmark_train_table
-
-    return SimpleNamespace(
-        process=benchmark_process,
-        rows=benchmark_rows,
-        train=benchmark_train,
-        contenders=benchmark_train_contenders,
-        model=benchmark_train_model,
-        table=benchmark_train_table,
-    )
-
-
 @pytest.fixture(scope="module")
-def measured(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """Return the file and the output of a run that measures three contenders; two fail, one of them before it starts."""
+def measured(tmp_path_factory: pytest.TempPathFactory, scripts: SimpleNamespace) -> tuple[dict[str, Any], list[str]]:
+    """Return the record and the output of a dry run: probes, settings of which some fail, TRL's and the profile."""
     file = tmp_path_factory.mktemp("train") / "train.json"
-    result = run(*TINY, "--steps", ROWS, "--only", ",".join([*FAILING, *MEASURED]), "--json", file)
-    assert result.returncode == 0, result.stderr
-    return file, result.stdout
+    arguments = ["--config", "tiny", "--warmup", 1, "--steps", 2, "--max-length", 1_024, "--seed", SEED, "--json", file]
+    with redirect_stdout(StringIO()) as output:
+        code = scripts.main(["train", *map(str, arguments), "--only", ",".join(NAMES[1:])])
+    assert code == 0
+    return read(file), output.getvalue().splitlines()
+
+
+def test_a_dry_run_has_a_line_for_each_measurement(measured: tuple[dict[str, Any], list[str]]) -> None:
+    record, output = measured
+    lines = {line["name"]: line for line in record["measurements"]}
+    assert sorted(lines) == sorted(NAMES)
+    shown = [
+        line.partition(":")[0] for line in output if re.match(r"(machine|matmul|attention|full|trl|lora)\b.*:", line)
+    ]
+    assert shown == [name for name in lines if name not in ("bandwidth", "profile")]
+    assert {name: line["reason"] for name, line in lines.items() if "reason" in line}.keys() == FAILING.keys()
+    for name, reason in FAILING.items():
+        assert reason in lines[name]["reason"]
+        assert f"{name}: not measured: {lines[name]['reason']}" in output
+    assert lines["machine"] | {"device": "cpu", "layers": 2, "of_layers": 2} == lines["machine"]
+    for name, key in ("matmul", "flops_per_second"), ("bandwidth", "bytes_per_second"), ("attention sdpa", "seconds"):
+        assert lines[name][key] > 0
+    assert lines["attention sdpa"]["tokens"] == 1_024
+    assert record["versions"]["trl"]
+
+
+def test_rates_and_ratios_are_those_of_the_steps(measured: tuple[dict[str, Any], list[str]]) -> None:
+    record, output = measured
+    lines = {line["name"]: line for line in record["measurements"]}
+    for name in STEPS:
+        line = lines[name]
+        assert line["fastest"] <= line["seconds"] <= line["slowest"]
+        tokens = 1_024 * (2 if "batch=2" in name else 1)
+        assert 0.3 * tokens / line["slowest"] < line["tokens_per_second"] <= tokens / line["fastest"]
+        assert line["attention"] == "sdpa"
+        # random weights predict 512 tokens about equally, and a few steps change little
+        assert line["first_loss"] == pytest.approx(6.24, abs=0.05)
+        assert line["last_loss"] == pytest.approx(line["first_loss"], abs=0.1)
+        assert (line["planned_bytes"] is None) == name.startswith("trl")
+    for name, trl in ("full", "trl"), (STEPS[2], "trl"), (STEPS[4], "trl-lora"):
+        ratio = lines[name]["tokens_per_second"] / lines[trl]["tokens_per_second"]
+        assert record["ratios"][name] == {"trl": pytest.approx(ratio)}
+        (row,) = (line for line in output if line.startswith(f"| {name} |"))
+        assert row.endswith(f" | {ratio:.2f} | – |")
+    best = max(("full", STEPS[2]), key=lambda name: lines[name]["tokens_per_second"])
+    assert record["best"]["full on several GPUs (ZeRO), bfloat16 weights"]["name"] == best
+    overrides = record["best"]["lora, bfloat16 weights"]["overrides"]
+    assert overrides == [
+        "training.per_device_train_batch_size=2",
+        "training.gradient_checkpointing=false",
+        "training.gradient_checkpointing_kwargs=null",
+    ]
+    assert f"  {' '.join(overrides)}" in output
+
+
+def test_the_profile_names_kernels_and_is_written(measured: tuple[dict[str, Any], list[str]]) -> None:
+    record, output = measured
+    (profile,) = (line for line in record["measurements"] if line["name"] == "profile")
+    assert profile["setting"] in STEPS
+    assert 0 <= profile["idle_share"] < 1
+    assert sum(kernel["seconds"] for kernel in profile["kernels"]) <= profile["seconds"]
+    assert any("scaled_dot_product" in kernel["kernel"] for kernel in profile["kernels"])
+    assert Path(profile["trace"]).stat().st_size > 0
+    assert any(profile["kernels"][0]["kernel"] in line for line in output)
 
 
 def rows_by_hand(rows: Any) -> list[tuple[int, int]]:
@@ -82,225 +149,193 @@ def rows_by_hand(rows: Any) -> list[tuple[int, int]]:
     return row_tokens
 
 
-def test_its_counts_are_those_of_the_rows(measured: tuple[Path, str], scripts: SimpleNamespace) -> None:
-    rows = rows_by_hand(scripts.rows)
-    fitting = [(prompt, answer) for prompt, answer in rows if prompt + answer <= MAX_LENGTH]
+@pytest.fixture
+def inputs(tmp_path: Path, scripts: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Return a worker with the inputs of a workload whose steps are more than an epoch."""
+    workload = scripts.inputs.Workload(scripts.inputs.load_model_config("tiny"), ROWS, MAX_LENGTH, 1, ROWS, SEED)
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "datasets")
+    task = {"workload": vars(workload), "folder": tmp_path, "trace": tmp_path / "trace", "ends": time.time() + 600}
+    return scripts.worker.Worker(task)
+
+
+@pytest.mark.parametrize("name", ["full", "trl"])
+def test_its_counts_are_those_of_the_rows(name: str, inputs: Any, scripts: SimpleNamespace) -> None:
+    fitting = [sum(row) for row in rows_by_hand(scripts.rows) if sum(row) <= MAX_LENGTH]
     assert 2 < len(fitting) < ROWS  # otherwise no row is too long, whatever the code does
-    record = read(measured[0])
-    for measurement in record["measurements"]:
-        if "reason" in measurement:
-            continue
-        steps = measurement["steps"]
-        assert [step["warmup"] for step in steps] == [True] + [False] * ROWS
-        assert all(0 < step["trained_tokens"] < step["tokens"] <= MAX_LENGTH for step in steps)
-        ends = list(accumulate(step["tokens"] for step in steps))
-        epoch = steps[: ends.index(sum(map(sum, fitting))) + 1]  # no ValueError: an epoch has all tokens of the rows
-        assert len(epoch) < len(fitting)  # rows are packed
-        assert sum(step["trained_tokens"] for step in epoch) == sum(answer for _, answer in fitting)
+    setting, config = scripts.settings.parse_setting(name), scripts.inputs.model_config(inputs.workload)
+    trained = scripts.steps.train(inputs._recipe(setting), config, trl=setting.trl, callbacks=[])["steps"]
+    documents = [trained.documents(step).tolist() for step in range(1 + ROWS)]
+    ends = list(accumulate(map(sum, documents)))
+    epoch = documents[: ends.index(sum(fitting)) + 1]  # no ValueError: an epoch has all tokens of the rows
+    assert len(epoch) < len(fitting)  # rows are packed
+    assert Counter(length for step in epoch for length in step) == Counter(fitting)
+    assert scripts.worker._is_clean()
+    models = [model for model in gc.get_objects() if isinstance(model, MistralForCausalLM)]
+    assert [model for model in models if model.device.type != "meta"] == []  # the next setting needs the memory
+    assert len(trained.seconds()) == 1 + ROWS
+    assert sum(trained.seconds()) == pytest.approx(trained.ends[-1] - trained.ends[0])
 
-        # A Mistral of 2 layers, hidden size 64, 4 heads of 16, 2 for keys and values, 128 wide, 512 tokens, untied:
-        # multiplications of a token with each matrix; the embeddings are looked up. LoRA of rank 64 on each linear.
-        linears = [(64, 64), (64, 32), (64, 32), (64, 64), (64, 128), (64, 128), (128, 64)] * 2
-        norms, head, adapters = 2 * 2 * 64 + 64, 64 * 512, sum(64 * (ins + outs) for ins, outs in linears)
-        body = sum(ins * outs for ins, outs in linears) + norms + head
-        lora = measurement["settings"]["method"] == "lora"
-        assert measurement["parameters"] == body + 64 * 512
-        assert measurement["trained_parameters"] == (adapters if lora else measurement["parameters"])
-        if measurement["name"] != "trl":
-            assert all(step["flops"] is None for step in steps)  # ours come from MFU, which a CPU lacks
-            continue
-        assert max(len(step["documents"]) for step in epoch) > 1
-        assert Counter(tokens for step in epoch for tokens in step["documents"]) == Counter(map(sum, fitting))
-        for step in steps:
-            assert step["tokens"] == sum(step["documents"])
-            flops = step["tokens"] * 6 * body
-            for length in step["documents"]:
-                for seen in range(1, length + 1):  # 2 layers, query and key and then value: 2 x 64 x 2, backward twice
-                    flops += 3 * 2 * (2 * 64 * 2) * seen
-            assert step["flops"] == pytest.approx(flops, rel=1e-12)
-
-
-def test_steps_are_read_from_the_metrics_of_a_run(scripts: SimpleNamespace) -> None:
-    line = {
-        "step": 3,
-        "loss": 2.5,
-        "seconds_per_step": 0.5,
-        "tokens_per_second": 16_000.0,
-        "trained_tokens_per_second_per_gpu": 10_000.0,
-        "mfu": 0.4,
-        "seconds_waiting_for_data": 0.1,
-        "seconds_forward": 0.2,
-        "seconds_backward": 0.1,
-        "seconds_optimizer": 0.05,
-        "peak_memory_gib": 90.0,
-    }
-    step = scripts.train.parse_step(line, False, {"peak_flops": 8e14})
-    assert step == {"warmup": False, "seconds": 0.5, "tokens": 8_000, "trained_tokens": 5_000,
-                    "flops": pytest.approx(0.4 * 8e14 * 0.5), "loss": 2.5}  # fmt: skip
-    # On a GPU the optimizer may still run when the host's clock stops: counts stay, the step takes longer.
-    slow = scripts.train.parse_step({**line, "seconds_optimizer": 0.2}, False, {"peak_flops": 8e14})
-    assert slow == {**step, "seconds": pytest.approx(0.6)}
-
-
-def test_rates_are_medians_of_the_timed_steps(measured: tuple[Path, str]) -> None:
-    record = read(measured[0])
-    table = {line["contender"]: line for line in record["table"]}
-    for measurement in record["measurements"]:
-        if "reason" in measurement:
-            continue
-        line, steps = table[measurement["name"]], measurement["steps"][1:]
-        seconds = sorted(step["seconds"] for step in steps)
-        assert (line["fastest"], line["slowest"]) == (seconds[0], seconds[-1])
-        assert line["seconds"] == statistics.median(seconds)
-        for key, rate in ("tokens", "tokens_per_second"), ("trained_tokens", "trained_tokens_per_second"):
-            assert line[rate] == pytest.approx(statistics.median(step[key] / step["seconds"] for step in steps))
-        assert measurement["seconds_to_first_step"] > measurement["steps"][0]["seconds"]
-        # random weights predict 512 tokens about equally, and a few steps change little
-        assert line["first_loss"] == pytest.approx(6.24, abs=0.05)
-        assert line["last_loss"] == pytest.approx(line["first_loss"], abs=0.1)
-    ratio = table[SELECTIVE]["tokens_per_second"] / table["trl"]["tokens_per_second"]
-    assert record["ratios"] == {f"{SELECTIVE} / trl": pytest.approx(ratio)}
-    assert f"- {SELECTIVE}: {ratio:.2f} times the tokens per second of trl\n" in measured[1]
-
-
-def test_each_trains_as_its_name_says(measured: tuple[Path, str]) -> None:
-    used = {measurement["name"]: measurement.get("used") for measurement in read(measured[0])["measurements"]}
-    trl = {"attention": "sdpa", "checkpointing": "full", "liger": "off", "compile": "off", "optim": "adamw_torch_fused"}
-    same = {"dtype": "bfloat16", "logging_steps": 1}
-    assert used["trl"] == trl | same | {"logging_steps": 10}  # TRL's default
-    assert used["lora"] == trl | same
-    assert used[SELECTIVE] == trl | same | {"checkpointing": "selective"}
-
-
-def test_a_contender_that_fails_is_a_line_and_the_others_are_measured(measured: tuple[Path, str]) -> None:
-    record, output = read(measured[0]), measured[1]
-    reasons = {line["name"]: line["reason"] for line in record["measurements"] if "reason" in line}
-    assert reasons.keys() == set(FAILING)
-    assert "needs the package flash-attn" in reasons["full+attention=flash_attention_2"]
-    assert "liger" in reasons[FAILING[0]]
-    for name, reason in reasons.items():
-        assert f"- {name} was not measured: {reason}" in output.splitlines()
-    (liger,) = (line for line in record["measurements"] if line["name"] == FAILING[0])
-    assert liger["log"]
-    assert liger["foretold"]["total"] > liger["foretold"]["parameters"] > 0  # planned before it failed
-    assert [line["name"] for line in record["measurements"] if "steps" in line] == MEASURED
-
-
-def test_table_and_json_agree(measured: tuple[Path, str]) -> None:
-    record, output = read(measured[0]), measured[1]
-    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in output.splitlines() if line.startswith("| ")]
-    header, shown = cells[0], cells[1:]
-    assert [row[0] for row in shown] == [line["contender"] for line in record["table"]]
-    for row, line in zip(shown, record["table"], strict=True):
-        assert len(row) == len(header)
-        assert row[1:6] == [line[key] for key in ("attention", "checkpointing", "liger", "compile", "optim")]
-        if "reason" in line:
-            assert row[6] == "not measured"
-            continue
-        assert row[6] == f"{line['seconds']:.3f} ({line['fastest']:.3f}-{line['slowest']:.3f})"
-        assert row[7:9] == [f"{line[key]:,.0f}" for key in ("tokens_per_second", "trained_tokens_per_second")]
-        assert row[9:11] == ["–", "–"]  # the peak FLOP/s of a CPU is unknown, and its memory is not measured
-    assert record["calls"][0]["versions"]["trl"]
-    assert "Device: cpu, peak unknown, so no MFU." in output
-
-
-def test_an_interrupted_benchmark_continues_with_missing_contenders(tmp_path: Path) -> None:
-    file, wanted = tmp_path / "train.json", ["--steps", 1, "--only", "lora,full+optim=adamw_torch_fused"]
-    environment = {**os.environ, "TMPDIR": str(tmp_path)}
-    arguments = command(*TINY, *wanted, "--json", file)
-    with subprocess.Popen(
-        arguments, stdout=subprocess.PIPE, text=True, env=environment, start_new_session=True
-    ) as first:
-        assert first.stdout is not None
-        for line in first.stdout:
-            if line.startswith("1/2 lora: "):
-                os.killpg(first.pid, signal.SIGKILL)
-                break
-    (before,) = read(file)["measurements"]
-    assert before["name"] == "lora"
-    result = run(*TINY, *wanted, "--json", file)
-    assert result.returncode == 0, result.stderr
-    assert re.findall(r"^\d/\d .*?:", result.stdout, re.MULTILINE) == ["1/1 full+optim=adamw_torch_fused:"]
-    after = read(file)["measurements"]
-    assert after[0] == before
-    assert (after[1]["name"], after[1]["call"]) == ("full+optim=adamw_torch_fused", 1)
-
-    other = run("--config", "tiny", "--rows", ROWS + 1, "--only", "lora", "--json", file)
-    assert other.returncode == 2
-    assert "it was measured with other settings (rows, max_length, warmup, steps, seed)." in other.stderr
-    assert read(file)["measurements"] == after
-
-
-def test_nothing_starts_after_the_deadline(tmp_path: Path) -> None:
-    file = tmp_path / "train.json"
-    result = run(*TINY, "--only", "trl,lora", "--minutes", 0.001, "--json", file)
-    assert result.returncode == 0, result.stderr
-    assert "not run for lack of time; the same command continues with them: trl, lora" in result.stdout
-    assert read(file)["measurements"] == []
-
-
-def tiny_workload(scripts: SimpleNamespace, *, rows: int = ROWS, max_length: int = MAX_LENGTH, seed: int = SEED) -> Any:
-    config = scripts.contenders.load_model_config("tiny")
-    return scripts.contenders.Workload(config, rows, max_length, batch=1, warmup=1, steps=1, seed=seed)
-
-
-def find_contenders(scripts: SimpleNamespace, *names: str) -> list[Any]:
-    return scripts.contenders.match_contenders(names, scripts.contenders.all_contenders())
-
-
-def test_a_contender_that_runs_at_the_deadline_is_stopped_and_not_recorded(
-    tmp_path: Path, scripts: SimpleNamespace
-) -> None:
-    workload, file = tiny_workload(scripts), tmp_path / "train.json"
-    device = {"device": "cpu", "memory_bytes": None, "peak_flops": None, "kernels": {"sdpa": None}}
-    record = scripts.train.Record(file, workload, {"versions": {}, "device": device})
-    contenders = find_contenders(scripts, "trl", "lora")
-    # one second: no contender has imported torch by then
-    bench = scripts.train.TrainingBench(tmp_path, workload, 60.0, time.monotonic() + 1)
-    assert bench.measure_all(contenders, record) == contenders
-    assert read(file)["measurements"] == []
-
-    bench = scripts.train.TrainingBench(tmp_path, workload, 1.0, None)  # its own limit is a reason
-    assert bench.measure_all(contenders[:1], record) == []
-    (measurement,) = read(file)["measurements"]
-    assert measurement["reason"] == "not done after 1 seconds (--limit)"
-    assert record.has(contenders[0])
-    assert not record.has(contenders[1])
-
-
-def test_a_contender_that_lacked_its_kernel_is_tried_again(tmp_path: Path, scripts: SimpleNamespace) -> None:
-    workload = tiny_workload(scripts)
-    device = {"device": "cpu", "peak_flops": None, "kernels": {"flash_attention_2": "is not installed"}}
-    record = scripts.train.Record(tmp_path / "train.json", workload, {"versions": {}, "device": device})
-    bench = scripts.train.TrainingBench(tmp_path, workload, 60.0, None)
-    (contender,) = find_contenders(scripts, "full+attention=flash_attention_2")
-    assert bench.measure_all([contender], record) == []
-    assert record.table()[0]["reason"] == "is not installed"
-    assert not record.has(contender)
-
-
-def test_the_table_compares_speed_and_memory_with_peak_and_plan(scripts: SimpleNamespace) -> None:
-    step = {"warmup": False, "seconds": 0.5, "tokens": 8_000, "trained_tokens": 5_000, "flops": 2e14, "loss": 10.0}
-    (full,) = find_contenders(scripts, "full")
-    line = scripts.table.summarize(
-        {
-            "name": "full",
-            "settings": full.settings(),
-            "used": {"attention": "torch_varlen"},
-            "foretold": {"total": 90 * 2**30},
-            "memory": {"peak_allocated": 100 * 2**30, "peak_reserved": 110 * 2**30},
-            "steps": [{**step, "warmup": True, "seconds": 60.0}, step, {**step, "seconds": 1.0}, step],
-            "seconds_to_first_step": 75.0,
-        },
-        8e14,
+    # The line of the same training: a Mistral of 2 layers, hidden size 64, 4 heads of 16, 2 for keys and values, 128
+    # wide, 512 tokens, untied; multiplications of a token with each matrix, the embeddings are looked up.
+    line = scripts.steps.summarize(trained, inputs._recipe(setting), config, inputs.workload)
+    linears = [(64, 64), (64, 32), (64, 32), (64, 64), (64, 128), (64, 128), (128, 64)] * 2
+    body = sum(ins * outs for ins, outs in linears) + 2 * 2 * 64 + 64 + 64 * 512
+    flops = []
+    for step in documents:
+        flops.append(sum(step) * 6 * body)
+        for length in step:
+            for seen in range(1, length + 1):  # 2 layers, query and key and then value: 2 x 64 x 2, backward twice
+                flops[-1] += 3 * 2 * (2 * 64 * 2) * seen
+    seconds = trained.seconds()
+    timed = range(1, 1 + ROWS)
+    assert line["seconds"] == statistics.median(seconds[1:])
+    assert line["tokens_per_second"] == pytest.approx(
+        statistics.median(sum(documents[step]) / seconds[step] for step in timed)
     )
-    assert line["attention"] == "torch_varlen"  # auto is no kernel
-    assert (line["seconds"], line["tokens_per_second"], line["trained_tokens_per_second"]) == (0.5, 16_000, 10_000)
-    assert line["mfu"] == pytest.approx(0.5)
-    assert line["foretold_error"] == pytest.approx(-0.1)
-    shown = scripts.table.format_table([line], vars(tiny_workload(scripts)))
-    assert "| 50.0% | 100.0 | 90.0 | 75 s |" in shown
-    assert "- planned memory is within 10% of the peak in 1 of 1 settings" in shown
+    assert line["flops_per_second"] == pytest.approx(statistics.median(flops[step] / seconds[step] for step in timed))
+    # The run's own seconds; TRL has none.
+    parts = [key for key in TIMING_METRICS if key.startswith("seconds_") and name == "full"]
+    assert line["logged"] == {key: statistics.median(trained.logs[step][key] for step in timed) for key in parts}
+
+
+def test_a_setting_without_enough_time_is_skipped(inputs: Any) -> None:
+    inputs.lines = [{"name": "machine", "took": 1.0}, {"name": "full", "seconds": 0.1, "took": 50.0}]
+    inputs.ends = time.time() + 55
+    assert inputs.expected_seconds("lora") == pytest.approx(60.0)
+    inputs.lines.append({"name": "full+compile=on", "reason": "not done after 30 seconds (--limit)", "took": 30.0})
+    assert inputs.expected_seconds("lora+compile=on") == pytest.approx(36.0)
+    assert inputs.expected_seconds("matmul") == 0
+    inputs.run(["full+checkpointing=none"])
+    assert re.fullmatch(r"5[45] s are left, and it takes about 60", inputs.lines[-1]["skipped"])
+
+
+WORKER = """
+import json, os, sys, time
+task = json.loads(sys.argv[1])
+for name in task["names"]:
+    if name == "dies":
+        print("error: no room", flush=True)
+        os.kill(os.getpid(), 9)
+    if name == "hangs":
+        time.sleep(60)
+    with open(task["folder"] + "/results.jsonl", "a") as lines:
+        lines.write(json.dumps({"name": name, "process": os.getpid()}) + "\\n")
+    if name == "leaves memory":
+        sys.exit()
+"""
+
+
+def test_the_rest_is_measured_after_a_process_that_died_or_hung(tmp_path: Path, scripts: SimpleNamespace) -> None:
+    names = ["first", "dies", "second", "leaves memory", "third", "hangs", "last"]
+    lines = list(
+        scripts.training.measure(
+            names, {"folder": str(tmp_path)}, time.monotonic() + 60, limit=1.5, worker=[sys.executable, "-c", WORKER]
+        )
+    )
+    assert [line["name"] for line in lines] == names
+    by_name = {line["name"]: line for line in lines}
+    assert by_name["dies"]["reason"] == "no room"
+    assert by_name["hangs"]["reason"] == "not done after 1.5 seconds (--limit)"
+    processes = [by_name[name]["process"] for name in ("first", "second", "leaves memory", "third", "last")]
+    assert processes[1] == processes[2]
+    assert len(set(processes)) == 4
+
+
+def test_at_the_deadline_the_rest_is_skipped(tmp_path: Path, scripts: SimpleNamespace) -> None:
+    lines = list(
+        scripts.training.measure(
+            ["first", "hangs", "last"], {"folder": str(tmp_path)}, time.monotonic() + 2, limit=60,
+            worker=[sys.executable, "-c", WORKER],
+        )
+    )  # fmt: skip
+    assert [(line["name"], line.get("skipped")) for line in lines] == [
+        ("first", None), ("hangs", "stopped at the end of --minutes"), ("last", "no time is left"),
+    ]  # fmt: skip
+
+
+H200 = {"name": "machine", "device": "NVIDIA H200", "memory_bytes": 139 * 2**30, "peak_flops": 8e14, "layers": 32,
+        "of_layers": 32}  # fmt: skip
+
+
+def step_line(name: str, speed: float, **more: Any) -> dict[str, Any]:
+    return {
+        "name": name, "attention": "torch_varlen", "seconds": 0.5, "fastest": 0.5, "slowest": 1.0, "start_seconds": 31.0,
+        "tokens_per_second": speed, "flops_per_second": 4e14, "first_loss": 10.4, "last_loss": 10.3,
+        "peak_bytes": 100 * 2**30, "planned_bytes": 90 * 2**30, **more,
+    }  # fmt: skip
+
+
+def test_a_run_is_compared_with_the_baseline_of_its_gpu(
+    tmp_path: Path, scripts: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    table = scripts.table
+    monkeypatch.setattr(table, "BASELINES", tmp_path)
+    file = table.baseline_file("NVIDIA H200")
+    assert file == tmp_path / "nvidia-h200.json"
+    assert table.baseline_file("AMD Instinct MI300X (gfx942)").name == "amd-instinct-mi300x-gfx942.json"
+    workload = {"max_length": 8_192, "steps": 5}
+    assert table.read_baseline(file, workload) == {}
+    earlier = [H200, step_line("full", 8_000.0), {"name": "trl", "reason": "out of memory"}]
+    file.write_text(json.dumps({"workload": workload, "measurements": earlier}), encoding="utf-8")
+    assert table.read_baseline(file, {"max_length": 4_096, "steps": 5}) == {}
+    baseline = table.read_baseline(file, workload)
+    lines = [H200, step_line("full", 10_000.0), step_line("full+compile=on", 12_000.0), step_line("trl", 5_000.0)]
+    quotients = table.ratios(lines, baseline)
+    assert quotients == {
+        "full": {"trl": 2.0, "earlier": 1.25},
+        "full+compile=on": {"trl": pytest.approx(2.4)},
+        "trl": {},
+    }
+    assert table.format_line(lines[1], H200, quotients["full"]) == (
+        "full: 0.500 s/step, 10,000 tokens/s, MFU 50.0%, 100.0 GiB (planned 90.0, -10.0%), start 31 s, 2.00 x TRL, "
+        "1.25 x earlier"
+    )
+    shown = table.format_table(lines, quotients).splitlines()
+    assert len({row.count("|") for row in shown if row.startswith("|")}) == 1
+    assert "| full | torch_varlen | 0.500 (0.500-1.000) | 10,000 | 50.0% | 100.0 | 90.0 |" in shown[2]
+    assert shown[2].endswith("| 2.00 | 1.25 |")
+    assert shown[-1] == "Planned memory is within 3% of the peak in 0 of 3 settings; the worst is full: -10.0%."
+
+
+def test_the_best_setting_of_each_group_is_one_that_its_recipe_takes(scripts: SimpleNamespace) -> None:
+    lines = [
+        H200, step_line("full", 9_000.0), step_line("full+checkpointing=selective+compile=on+batch=4", 12_000.0),
+        step_line("full+dtype=float32", 8_000.0), step_line("trl", 99_000.0), {"name": "lora", "reason": "too slow"},
+    ]  # fmt: skip
+    best = scripts.table.best_settings(lines)
+    assert list(best) == ["full on several GPUs (ZeRO), bfloat16 weights", "full on one GPU, float32 weights"]
+    chosen = best["full on several GPUs (ZeRO), bfloat16 weights"]
+    recipe = scripts.settings.parse_setting(chosen["name"]).load_recipe([])
+    from train.recipe import load_recipe
+
+    assert load_recipe(ROOT / chosen["recipe"], chosen["overrides"]).training == recipe.training
+    assert recipe.training["gradient_checkpointing_kwargs"] == {"selective": True}
+    assert recipe.training["per_device_train_batch_size"] == 4
+    assert recipe.training["torch_compile"] is True
+    assert best["full on one GPU, float32 weights"]["overrides"] == [
+        "training.per_device_train_batch_size=1", "model.dtype=float32",
+    ]  # fmt: skip
+
+
+def test_idle_time_is_what_no_kernel_covers(scripts: SimpleNamespace) -> None:
+    rng = random.Random(3)
+    for _ in range(50):
+        intervals = [(start, start + rng.randint(0, 30)) for start in rng.choices(range(200), k=rng.randint(0, 12))]
+        covered = {instant for start, end in intervals for instant in range(start, end)}
+        assert scripts.steps.busy_seconds(intervals) == len(covered)
+
+
+def test_a_small_gpu_gets_the_most_layers_that_the_plan_fits(inputs: Any, scripts: SimpleNamespace) -> None:
+    config = scripts.inputs.load_model_config("tiny") | {"num_hidden_layers": 16}
+    workload = scripts.inputs.Workload(config, ROWS, MAX_LENGTH, 1, 1, SEED)
+    recipe = inputs._recipe(scripts.settings.parse_setting("full+checkpointing=none"))
+    plans = {
+        layers: scripts.inputs.planned_bytes(recipe, scripts.inputs.model_config(workload, layers))
+        for layers in (16, 12, 8, 4, 2)
+    }
+    for memory in (1, plans[2], plans[8] - 1, plans[8], plans[12], plans[16], 2**60):
+        fitting = [layers for layers, planned in plans.items() if planned <= memory]
+        assert scripts.inputs.fit_layers(recipe, workload, memory) == max(fitting, default=1)
 
 
 def test_out_of_memory_is_reported_as_such(tmp_path: Path, scripts: SimpleNamespace) -> None:
@@ -332,67 +367,57 @@ def test_the_reason_of_a_failure_is_read_from_the_log(
 
 def test_the_default_model_is_mistral_7b(scripts: SimpleNamespace) -> None:
     file = ROOT / "tests" / "model_configs" / "mistral-7b-v0.2.json"
-    shipped, ours = (
-        json.loads(file.read_text(encoding="utf-8")),
-        scripts.contenders.load_model_config("mistral-7b-v0.2"),
-    )
-    assert ours.items() <= shipped.items()
-    from_file = scripts.contenders.load_model_config(str(file))
+    shipped = json.loads(file.read_text(encoding="utf-8"))
+    assert scripts.inputs.load_model_config("mistral-7b-v0.2").items() <= shipped.items()
+    from_file = scripts.inputs.load_model_config(str(file))
     assert from_file == {key: value for key, value in shipped.items() if key != "_source"}
 
 
 def test_rows_are_as_long_as_those_of_the_data_benchmark(scripts: SimpleNamespace) -> None:
-    workload = tiny_workload(scripts, rows=400, max_length=8_192, seed=7)
-    tokens = [sum(row) for row in scripts.model.row_lengths(workload)]
+    workload = scripts.inputs.Workload({}, 400, 8_192, warmup=1, steps=1, seed=7)
+    tokens = [sum(row) for row in scripts.inputs.row_lengths(workload)]
     characters = [sum(len(turn["content"]) for turn in row) for row in scripts.rows.generate(400, 7)]
     assert statistics.mean(tokens) == pytest.approx(statistics.mean(characters) / 4.03, rel=0.06)
     assert statistics.stdev(tokens) == pytest.approx(statistics.stdev(characters) / 4.03, rel=0.25)
 
 
-def test_rows_have_the_planned_tokens_under_the_models_tokenizer(tmp_path: Path, scripts: SimpleNamespace) -> None:
-    workload = tiny_workload(scripts)
-    scripts.model.write_model(workload, tmp_path / "model")
-    scripts.model.write_rows(workload, tmp_path / "rows.jsonl")
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
-    rows = [json.loads(line)["messages"] for line in (tmp_path / "rows.jsonl").read_text("utf-8").splitlines()]
+def test_rows_have_the_planned_tokens_under_the_models_tokenizer(inputs: Any, scripts: SimpleNamespace) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(inputs.folder / "model")
+    rows = [json.loads(line)["messages"] for line in (inputs.folder / "rows.jsonl").read_text("utf-8").splitlines()]
     encoded = [tokenizer.apply_chat_template(row, return_assistant_tokens_mask=True, return_dict=True) for row in rows]
     lengths = [(row["assistant_masks"].count(0), row["assistant_masks"].count(1)) for row in encoded]
     assert lengths == [row for row in rows_by_hand(scripts.rows) if sum(row) <= MAX_LENGTH]
-    assert max(max(row["input_ids"]) for row in encoded) < workload.config["vocab_size"]
+    assert max(max(row["input_ids"]) for row in encoded) < inputs.workload.config["vocab_size"]
 
 
-def test_names_list_the_changes_to_the_recipe(scripts: SimpleNamespace) -> None:
-    contenders = scripts.contenders
-    defaults = contenders.default_contenders("torch_varlen")
-    assert [contender.name for contender in defaults[:4]] == ["trl", "full", "trl-lora", "lora"]
-    assert len({json.dumps(contender.settings()) for contender in defaults}) == len(
-        defaults
-    )  # nothing is measured twice
-    assert "full+attention=torch_varlen" not in [contender.name for contender in defaults]
-    assert "full+attention=sdpa" in [contender.name for contender in defaults]
-    everything = contenders.all_contenders()
-    # methods x kernels and auto x checkpointing x Liger x compile x optimizers, and TRL
-    assert len(everything) == len({contender.name for contender in everything}) == 2 * 8 * 3 * 2 * 2 * 2 + 3
-    assert set(defaults) <= set(everything)
+def test_every_name_in_the_list_is_a_setting_that_its_recipe_takes(
+    scripts: SimpleNamespace, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = scripts.settings
+    assert scripts.main(["train", "--list"]) == 0
+    assert capsys.readouterr().out.splitlines() == list(settings.ORDER)
+    assert len(set(settings.ORDER)) == len(settings.ORDER)
+    others = {*settings.PROBES, *settings.KERNELS, settings.PROFILE, "attention flex_attention"}
+    for name in settings.ORDER:
+        setting = settings.parse_setting(name)
+        assert (setting is None) == (name in others)
+        if setting:
+            recipe = setting.load_recipe([])
+            assert recipe.training["per_device_train_batch_size"] == int(setting.changes.get("batch", 1))
+            assert recipe.training["gradient_checkpointing"] == ("checkpointing=none" not in name)
+            assert (recipe.adapter is not None) == ("lora" in name)
+            assert setting.trl or setting.baseline in {"trl", "trl-lora", "trl+dtype=float32"}
     any_name = "lora+attention=sdpa+checkpointing=none+compile=on"
-    assert [contender.name for contender in contenders.match_contenders([any_name, "trl*"], defaults)] == [
-        "trl",
-        "trl-lora",
-        "trl-float32",
-        any_name,
-    ]
-    listed = run("--list")
-    assert listed.returncode == 0, listed.stderr
-    assert [line.split()[0] for line in listed.stdout.splitlines()] == [
-        contender.name for contender in contenders.default_contenders(None)
-    ]
+    selected = settings.select_names(f"profile,{any_name},trl*")
+    assert selected == ["machine", "trl", any_name, "profile", "trl-lora", "trl+dtype=float32"]
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--only", "full,fulll", "--json", "x.json"], "error: --only: no contender is called 'fulll'."),
-        (["--only", "full"], "error: --json: name a file."),
+        (["--only", "full,fulll", "--json", "x.json"], "error: --only: no measurement is called 'fulll'."),
+        (["--only", "full+checkpointing=half"], "error: --only: no measurement is called 'full+checkpointing=half'."),
+        (["--only", "trl+compile=on"], "error: --only: no measurement is called 'trl+compile=on'."),
         (["--json", "no/such/folder/train.json"], "error: --json no/such/folder/train.json: there is no folder"),
         (["--config", "mistral-7b", "--json", "x.json"], "error: --config: mistral-7b is no config: No such file"),
         (["--config", "{recipe}", "--json", "x.json"], "is no config: "),

@@ -1,14 +1,17 @@
 """Batch contents: which sequences and documents a batch holds, noted by the collator while it is on the host."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from torch.distributed import ProcessGroup
 
 from train.data.loss_mask import NOT_TRAINED
+from train.loop.sequence_slice import slice_batch
 
+Collate = Callable[[list[dict[str, Any]]], dict[str, Any]]
 BATCH_INFO = "batch_info"
 """Key of a batch's BatchInfo, which is removed before the model sees the batch."""
 
@@ -17,23 +20,43 @@ BATCH_INFO = "batch_info"
 class BatchInfo:
     """Contents of a batch of one process.
 
-    `sequences`: indices in the data set. `documents`: tokens of each document, in order of the sequences.
-    `trained_tokens`: tokens that have a loss.
+    - `sequences`: indices in the data set.
+    - `documents`: tokens of each document, in order of the sequences.
+    - `trained_tokens`: tokens that have a loss.
+    - `first_token`: position of this process's first token, where processes share the batch (sequence parallelism).
+      All else is then of the complete batch.
     """
 
     sequences: tuple[int, ...]
     documents: NDArray[np.int64]
     trained_tokens: int
+    first_token: int = 0
+
+    @property
+    def is_counted_here(self) -> bool:
+        """Return whether this process counts the batch: of those that share it, the first one does."""
+        return self.first_token == 0
 
 
 class CountingCollator:
-    """A collator that adds a BatchInfo to each batch."""
+    """A collator that adds a BatchInfo to each batch, and cuts it for a group of processes that share it."""
 
-    def __init__(self, collate: Callable[[list[dict[str, Any]]], dict[str, Any]]) -> None:
+    def __init__(self, collate: Collate, group: ProcessGroup | None = None) -> None:
+        """`collate`: the collator to wrap. `group`: the processes that share a batch."""
         self._collate = collate
+        self._rank, self._ranks = (group.rank(), group.size()) if group else (0, 1)
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
-        """Return the batch of the wrapped collator, with a BatchInfo under BATCH_INFO."""
+        """Return the batch of the wrapped collator or this process's slice of it, with a BatchInfo under BATCH_INFO."""
+        batch = self.collate_whole(examples)
+        if self._ranks == 1:
+            return batch
+        part = slice_batch(batch, self._rank, self._ranks)
+        first_token = self._rank * part["input_ids"].shape[1]
+        return {**part, BATCH_INFO: replace(batch[BATCH_INFO], first_token=first_token)}
+
+    def collate_whole(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        """Return the complete batch with its BatchInfo."""
         documents = np.concatenate([example.get("seq_lengths") or [len(example["input_ids"])] for example in examples])
         trained = np.concatenate([example["labels"] for example in examples]) != NOT_TRAINED
         trained[np.cumsum(documents) - documents] = False  # a document's first token has no prediction target

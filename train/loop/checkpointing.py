@@ -67,7 +67,8 @@ class CheckpointingTrainer(SavingTrainer):
 
     @cached_property
     def _position(self) -> DataPosition:
-        return DataPosition.from_arguments(self.args, len(self.train_dataset))
+        sharing = self._recipe.model.sequence_parallel
+        return DataPosition.from_arguments(self.args, len(self.train_dataset), sharing)
 
     def figures_to_save(self) -> dict[str, Any]:
         """Return this process's figures since the last logging step, as JSON."""

@@ -124,7 +124,8 @@ def _find_differences(record: dict[str, Any], recipe: Recipe) -> Iterator[str]:
 
 
 def _settings(recipe: Recipe) -> dict[str, Any]:
-    return {**run_fingerprint(recipe), "sequences per step and process": sequences_per_step(recipe, 1)}
+    per_process = sequences_per_step(recipe, recipe.model.sequence_parallel)
+    return {**run_fingerprint(recipe), "sequences per step and process": per_process}
 
 
 def _is_decisive(key: str, settings: dict[str, Any]) -> bool:

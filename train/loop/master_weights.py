@@ -12,11 +12,9 @@ smaller scale).
     FSDP                              float32 if training.bf16 or fp16 is on (accelerate's `fsdp2_prepare_model`)
 """
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from train.errors import UserError
@@ -74,12 +72,13 @@ def _launch_in_recipe(training: Mapping[str, Any]) -> Launch | None:
 
 
 def _read_deepspeed(config: str) -> dict[str, Any]:
-    """Return a DeepSpeed configuration that is given as a path or as JSON."""
+    """Return a DeepSpeed configuration as accelerate reads it: from a path, JSON, or JSON in base64."""
+    from accelerate.utils.deepspeed import HfDeepSpeedConfig  # imports torch
+
     try:
-        content = json.loads(config if config.lstrip().startswith("{") else Path(config).read_text(encoding="utf-8"))
+        return dict(HfDeepSpeedConfig(config).config)
     except (OSError, ValueError) as error:
-        raise UserError(f"the DeepSpeed configuration {config} can't be read: {error}.") from error
-    return dict(content)
+        raise UserError(f"the DeepSpeed configuration {config} can't be read: {error}") from error
 
 
 def master_weights_error(recipe: Recipe, dtype: str, launch: Launch) -> str | None:

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from torch.distributed import ProcessGroup
 from torch.utils.data import Sampler
 from transformers import PreTrainedConfig
 from trl import SFTConfig
@@ -20,10 +21,14 @@ def linear_tokens(config: PreTrainedConfig) -> float:
 class BalancedSampler(Sampler[int]):
     """Indices of `PackedDataset` for all ranks, epoch by epoch; accelerate distributes them."""
 
-    def __init__(self, sequences: PackedDataset, arguments: SFTConfig, config: PreTrainedConfig) -> None:
-        """Begin at epoch 0. `config`: the model's, whose size decides the cost of attention."""
+    def __init__(self, sequences: PackedDataset, arguments: SFTConfig, config: PreTrainedConfig, *, ranks: int) -> None:
+        """Begin at epoch 0.
+
+        - `config`: the model's, whose size decides the cost of attention;
+        - `ranks`: ranks, or groups of ranks, that take sequences of their own.
+        """
         self._sequences, self._linear_tokens, self._seed = sequences, linear_tokens(config), arguments.seed
-        self._ranks, self._batch = arguments.world_size, arguments.train_batch_size
+        self._ranks, self._batch = ranks, arguments.train_batch_size
         self._accumulation = arguments.gradient_accumulation_steps
         self._epoch = 0
 
@@ -55,6 +60,39 @@ class BalancedSampler(Sampler[int]):
     def _costs(self) -> list[float]:
         plan = self._sequences.plan_of(self._epoch)
         return attention_cost(self._sequences.lengths, plan, self._linear_tokens).tolist()
+
+
+class SharedBatches(Sampler[int]):
+    """The batches of another sampler, each as often as ranks share its sequences (sequence parallelism).
+
+    order            a b | c d | e           batches of two
+    repeated         a b | a b | c d | c d | e a | e a | b c | b c       two ranks for each, in two groups
+
+    accelerate (BatchSamplerShard) gives consecutive batches to consecutive ranks. The last micro step is filled from
+    the front of the order, as accelerate would, or left out.
+    """
+
+    def __init__(self, sampler: Sampler[int], batch: int, copies: int, arguments: SFTConfig) -> None:
+        """`batch`: sequences of a rank. `copies`: ranks that share them."""
+        self._sampler, self._batch, self._copies = sampler, batch, copies
+        self._drop_last = arguments.dataloader_drop_last
+        self._together = arguments.world_size // self._copies * batch
+
+    def __len__(self) -> int:
+        sequences = len(self._sampler)  # type: ignore[arg-type]
+        steps = sequences // self._together if self._drop_last else -(-sequences // self._together)
+        return steps * self._together * self._copies
+
+    def __iter__(self) -> Iterator[int]:
+        order = np.resize(np.fromiter(self._sampler, np.int64), len(self) // self._copies)
+        return iter(order.reshape(-1, self._batch).repeat(self._copies, axis=0).ravel().tolist())
+
+
+def share_batches(
+    sampler: Sampler[int] | None, batch: int, group: ProcessGroup | None, arguments: SFTConfig
+) -> Sampler[int] | None:
+    """Return a sampler whose batches of `batch` sequences all ranks of `group` get; `sampler` itself without one."""
+    return sampler if sampler is None or group is None else SharedBatches(sampler, batch, group.size(), arguments)
 
 
 def attention_cost(lengths: ArrayLike, plan: PackingPlan, linear_tokens: float) -> NDArray[np.float64]:

@@ -1,5 +1,12 @@
 """Throughput metrics: tokens/s, MFU, seconds per step and part of a step, peak memory.
 
+A step lasts from the request for its batches to the end of the optimizer's last kernel. On a GPU both are events in the
+device's queue, so that no step waits for the device and no kernel is left out:
+
+    host     | request | launch kernels | request | launch kernels |
+    device             |forward, backward, optimizer|forward, backward, optimizer|
+    steps    |             step 1                   |          step 2            |
+
 Counts come from the batches while they are on the host; sums that only the model knows stay on its device. One gather
 per logging step combines the ranks; TRL gathers several times and waits for the device at every micro-batch.
 """
@@ -69,8 +76,7 @@ class Throughput(TrainerCallback):
         self._accelerator, self._shape = accelerator, shape
         self._clock = _Clock(accelerator.device)
         self._peak = peak_flops(torch.cuda.get_device_name()) if accelerator.device.type == "cuda" else None
-        self._step_began = time.perf_counter()
-        self._optimizer_began = self._clock.now()
+        self._step_began = self._optimizer_began = self._clock.now()
         self._clear()
 
     def _clear(self) -> None:
@@ -78,7 +84,7 @@ class Throughput(TrainerCallback):
         self._sums: LossSums | None = None
         self._spans: list[tuple[str, Any, Any]] = []
         self._trained_tokens = self._steps = 0
-        self._seconds = self._waited = 0.0
+        self._waited = 0.0
         self._carried = np.zeros(9)
 
     def state(self) -> dict[str, list[float]]:
@@ -98,11 +104,11 @@ class Throughput(TrainerCallback):
         """Return tokens, trained tokens, FLOPs, steps, and seconds: total, waiting, forward, backward, optimizer."""
         documents = np.concatenate([np.empty(0, np.int64), *self._documents])
         flops = count_training_flops(self._shape, documents).total if self._shape else 0.0
-        parts = dict.fromkeys(("forward", "backward", "optimizer"), 0.0)
+        parts = dict.fromkeys(("step", "forward", "backward", "optimizer"), 0.0)
         for part, start, end in self._spans:
             parts[part] += self._clock.between(start, end)
         parts["backward"] -= parts["forward"]  # timed around both
-        counts = [documents.sum(), self._trained_tokens, flops, self._steps, self._seconds, self._waited]
+        counts = [documents.sum(), self._trained_tokens, flops, self._steps, parts.pop("step"), self._waited]
         return self._carried + np.array([*counts, *parts.values()], np.float64)
 
     def _all_sums(self) -> Iterator[torch.Tensor]:
@@ -111,7 +117,7 @@ class Throughput(TrainerCallback):
 
     def begin_step(self) -> None:
         """Start the clock of a step: its batches are requested."""
-        self._step_began = time.perf_counter()
+        self._step_began = self._clock.now()
 
     def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Start the optimizer's clock. Under DeepSpeed its step is part of the backward pass."""
@@ -124,7 +130,7 @@ class Throughput(TrainerCallback):
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
         """Stop the clock of the step; logging, evaluation and saving follow."""
         self._steps += 1
-        self._seconds += time.perf_counter() - self._step_began
+        self._spans.append(("step", self._step_began, self._clock.now()))
 
     def time_batches(self, batches: Iterator[Any]) -> Iterator[Any]:
         """Yield the batches, and count the time until each arrives as waiting for data."""
@@ -139,8 +145,9 @@ class Throughput(TrainerCallback):
 
     def add(self, batch: BatchInfo, sums: LossSums | None) -> None:
         """Count a micro-batch."""
-        self._documents.append(batch.documents)
-        self._trained_tokens += batch.trained_tokens
+        if batch.is_counted_here:
+            self._documents.append(batch.documents)
+            self._trained_tokens += batch.trained_tokens
         if sums is not None:
             self._sums = sums.plus(self._sums)
 

@@ -8,13 +8,8 @@ from typing import Any
 import torch
 from datasets import Dataset
 from torch.distributed.tensor import DTensor
-from torch.utils.data import Sampler
-from transformers import (
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    PrinterCallback,
-    TrainerCallback,
-)
+from torch.utils.data import Sampler, SequentialSampler
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 from trl import SFTConfig
 
@@ -35,13 +30,16 @@ from train.loop.loss import FUSED_LOSSES, LossSums, fused_loss
 from train.loop.metrics_log import StepLog
 from train.loop.preemption import Preemption
 from train.loop.preemption_callback import EvaluationStoppedError, PreemptionCallback
-from train.loop.sampler import BalancedSampler
+from train.loop.sampler import BalancedSampler, share_batches
+from train.loop.sequence_slice import make_group
 from train.loop.throughput import Throughput
 from train.model.adapters import check_adapter, lora_config
 from train.model.architecture import Architecture, inspect_architecture
 from train.model.attention.document_borders import takes_borders
+from train.model.attention.sequence_parallel import GROUP
 from train.model.text_part import build_meta_model, find_idle_parameters, freeze
 from train.recipe import Recipe
+from train.recipe.schedule import data_parallel
 from train.system_gain.evaluator import ValidationGain
 from train.system_gain.variants import VariantRows
 
@@ -89,7 +87,8 @@ class JanusTrainer(CheckpointingTrainer):
 
         Raises UserError for settings that TRL or peft refuses, or that leave nothing to train.
         """
-        rows, batch = len(data.train.dataset), arguments.train_batch_size * arguments.world_size
+        self._groups = data_parallel(arguments.world_size, sharing := recipe.model.sequence_parallel)
+        rows, batch = len(data.train.dataset), arguments.train_batch_size * self._groups
         if arguments.dataloader_drop_last and rows < batch:
             raise UserError(
                 f"training.dataloader_drop_last: the {rows:,} sequences are fewer than the {batch:,} of one batch on "
@@ -98,7 +97,7 @@ class JanusTrainer(CheckpointingTrainer):
         with without_zero3(arguments):
             shape = _find_shape(recipe, model)
             idle = find_idle_parameters(build_meta_model(model.config, recipe.model))
-        arguments.padding_free = recipe.data.packing or takes_borders(model)
+        arguments.padding_free = recipe.data.packing or sharing > 1 or takes_borders(model)
         check_adapter(recipe.adapter, model, idle)
         freeze(model, idle)
         with as_user_error("adapter" if recipe.adapter else "training"):
@@ -114,10 +113,11 @@ class JanusTrainer(CheckpointingTrainer):
                 callbacks=callbacks,
             )
         self.train_dataset = data.train.dataset
+        self.sequence_group = make_group(sharing)
         # Losses that TRL computes are transformers' means of batches: one without labels would have no mean.
-        eval_batch = 1 if self._needs_logits() else arguments.eval_batch_size * arguments.world_size
+        eval_batch = 1 if self._needs_logits() else arguments.eval_batch_size * self._groups
         self.eval_dataset = PaddedDataset(data.validation.dataset, eval_batch) if data.validation else None
-        self.data_collator = CountingCollator(self.data_collator)
+        self.data_collator = CountingCollator(self.data_collator, self.sequence_group)
         self._preemption = preemption or Preemption(recipe.output_dir, recipe.save)
         self._throughput = Throughput(self.accelerator, shape)
         self._gain = ValidationGain(recipe, gain.rows, arguments.per_device_eval_batch_size) if gain else None
@@ -164,10 +164,16 @@ class JanusTrainer(CheckpointingTrainer):
 
     def _get_train_sampler(self, train_dataset: PackedDataset | None = None) -> Sampler[int] | None:
         """Return our order in place of a random one."""
-        if self.args.train_sampling_strategy != "random":
-            return super()._get_train_sampler(train_dataset)
-        self.sampler = BalancedSampler(train_dataset or self.train_dataset, self.args, self.model.config)
-        return self.sampler
+        sequences = train_dataset or self.train_dataset
+        if self.args.train_sampling_strategy == "random":
+            self.sampler = BalancedSampler(sequences, self.args, self.model.config, ranks=self._groups)
+        sampler = super()._get_train_sampler(sequences) if self.sampler is None else self.sampler
+        return share_batches(sampler, self.args.train_batch_size, self.sequence_group, self.args)
+
+    def _get_eval_sampler(self, eval_dataset: PaddedDataset) -> Sampler[int] | None:
+        """Return transformers' order, which is the data set's."""
+        sampler = super()._get_eval_sampler(eval_dataset) or SequentialSampler(eval_dataset)
+        return share_batches(sampler, self.args.eval_batch_size, self.sequence_group, self.args)
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         """Train an epoch. accelerate doesn't tell the sampler its number if several processes resume within one."""
@@ -179,6 +185,11 @@ class JanusTrainer(CheckpointingTrainer):
         """Return transformers' optimizer. Raises UserError for settings that it refuses only here."""
         with as_user_error(f"training.optim: {self.args.optim.value} (optim_args: {self.args.optim_args})"):
             return super().create_optimizer(*args, **kwargs)
+
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """Return the inputs on the device; slices of a sequence with the group that shares it."""
+        prepared = super()._prepare_inputs(inputs)
+        return {**prepared, GROUP: self.sequence_group} if "shift_labels" in prepared else prepared
 
     def _set_signature_columns_if_needed(self) -> None:
         """Let the data set's `sequence` through to the collator."""
@@ -229,8 +240,7 @@ class JanusTrainer(CheckpointingTrainer):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         with self._throughput.timed("forward"):
             outputs = model(**inputs, use_cache=False, fused_lm_head=True)
-            processes = self.accelerator.num_processes // self.get_tp_size()
-            loss, token_losses = fused_loss(outputs, self.args, num_items_in_batch, processes)
+            loss, token_losses = fused_loss(outputs, self.args, num_items_in_batch, self.accelerator.num_processes)
         sums = LossSums.from_outputs(outputs)
         if self.model.training:
             self._count(batch, sums)
@@ -241,17 +251,15 @@ class JanusTrainer(CheckpointingTrainer):
 
     def _needs_logits(self) -> bool:
         """Return whether the loss needs more than the probabilities of the labels."""
-        parallelism = self.accelerator.parallelism_config
         return (
             self.aux_loss_enabled
             or self.label_smoother is not None
             or self.compute_loss_func is not None
             or self.args.loss_type not in FUSED_LOSSES
-            or (parallelism is not None and parallelism.sp_enabled)
         )
 
     def _count(self, batch: BatchInfo, sums: LossSums | None) -> None:
-        self._tokens_since_saved += int(batch.documents.sum())
+        self._tokens_since_saved += int(batch.documents.sum()) if batch.is_counted_here else 0
         self._throughput.add(batch, sums)
 
     def _get_grad_norm(self, model: torch.nn.Module, grad_norm: torch.Tensor | None = None) -> torch.Tensor | float:
@@ -267,7 +275,7 @@ class JanusTrainer(CheckpointingTrainer):
             norm = math.nan
         self.grad_norm = norm
         scaled = self.accelerator.mixed_precision == "fp16"  # overflows are normal until the scale is found
-        loss_sum = self._guards.loss_sum()
+        loss_sum = self._guards.loss_sum(self.sequence_group)
         judged = self.accelerator.reduce(loss_sum) if scaled else torch.as_tensor(norm, device=loss_sum.device)
         requested = self.accelerator.reduce(
             torch.tensor(float(self._preemption.is_requested()), device=loss_sum.device)

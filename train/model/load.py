@@ -18,6 +18,7 @@ from transformers.utils import logging as transformers_logging
 from train.errors import UserError
 from train.model.adapters import check_adapter, quantization_config
 from train.model.attention.selection import attention_needs, choose_attention, machine, select_attention
+from train.model.attention.sequence_parallel import check_sequence_parallel, register
 from train.model.float8 import check_float8, check_float8_start, convert
 from train.model.folder import adapter_base, is_adapter_alone
 from train.model.hub_kernels import check_layer_kernels
@@ -75,8 +76,8 @@ def check_model(recipe: Recipe) -> CheckedModel:
     """Check that this machine can train the model as the recipe says, without its weights.
 
     Raises UserError for a missing kernel or package, a model of another kind, quantized weights that can't be trained,
-    weights that its config.json leaves out, names in `adapter` that the model lacks, and sequences longer than its
-    positions.
+    weights that its config.json leaves out, names in `adapter` that the model lacks, sequences longer than its
+    positions, and heads that `model.sequence_parallel` doesn't divide.
     """
     quantization_config(recipe.quantization)
     check_float8(recipe)
@@ -90,7 +91,9 @@ def check_model(recipe: Recipe) -> CheckedModel:
         raise unloadable(recipe.model, ValueError(dropped))
     idle = find_idle_parameters(bare)
     check_adapter(recipe.adapter, bare, idle)
-    choose_attention(recipe.model.attention, attention_needs(recipe, config), machine())
+    needs = attention_needs(recipe, config)
+    attention = choose_attention(recipe.model.attention, needs, machine())
+    check_sequence_parallel(recipe, bare, needs, attention.kernel)
     text = config.get_text_config()
     positions = getattr(text, "max_position_embeddings", None)
     if positions and recipe.data.max_length > positions:
@@ -166,6 +169,8 @@ def load_model(recipe: Recipe) -> PreTrainedModel:
             f"weights that are not part of {type(loaded).__name__} are neither loaded nor saved: {listed(others)}",
             flush=True,
         )
+    if model.sequence_parallel > 1:
+        register(loaded.config._attn_implementation)
     if model.float8 is not None:
         convert(loaded, model.float8)
     return loaded

@@ -13,6 +13,7 @@ from train.loop.time_limit import time_conflicts
 from train.loop.tracking import tracker_names
 from train.ranks import deepspeed_launch_error, parallelism_error
 from train.recipe import Recipe
+from train.recipe.schedule import data_parallel, sharing_error
 from train.recipe.sft_config import with_defaults
 
 
@@ -86,7 +87,7 @@ def _has_key() -> bool:
 
 def _training(recipe: Recipe, sequences: int, processes: int) -> Iterator[str]:
     settings = with_defaults(recipe.training)
-    batch = settings["per_device_train_batch_size"] * processes
+    batch = settings["per_device_train_batch_size"] * data_parallel(processes, recipe.model.sequence_parallel)
     if settings["dataloader_drop_last"] and 0 < sequences < batch:
         yield (
             f"training.dataloader_drop_last: no batch is full, so nothing would be trained: {sequences:,} sequences, "
@@ -96,6 +97,8 @@ def _training(recipe: Recipe, sequences: int, processes: int) -> Iterator[str]:
     if processes == 1 and (error := deepspeed_launch_error(settings["deepspeed"], os.environ)):
         yield error
     if error := parallelism_error(os.environ):
+        yield error
+    if processes > 1 and (error := sharing_error(recipe, processes)):
         yield error
     if settings["fsdp"] and processes == 1:
         yield "training.fsdp: it takes several processes, and this is one. Start them with `accelerate launch`."

@@ -224,7 +224,7 @@ def _describe_schedule(report: Report) -> list[str]:
     epochs = f"{steps.epochs:.3g} {'epoch' if steps.epochs == 1 else 'epochs'}"
     lines = [
         f"{format_count(steps.steps, 'step')}: {epochs} of {format_count(steps.steps_per_epoch, 'step')} "
-        f"({report.training.tokens:,} tokens); {format_count(steps.processes, 'process')}",
+        f"({report.training.tokens:,} tokens); {format_count(steps.processes, 'process')}{steps.sharing}",
         f"{format_count(steps.sequences_per_step, 'sequence')} per step, about {steps.tokens_per_step:,.0f} tokens",
     ]
     if steps.warmup_steps:

@@ -149,7 +149,9 @@ def build_report(
     if cluster and recipe.data.packing:  # on these GPUs rows are packed into full steps
         multiple = sequences_per_step(recipe, processes)
         sequences = max(sequences, min(-(-sequences // multiple) * multiple, stats.rows))
-    steps = compute_schedule(recipe.training, sequences, stats.tokens / max(sequences, 1), processes)
+    steps = compute_schedule(
+        recipe.training, sequences, stats.tokens / max(sequences, 1), processes, recipe.model.sequence_parallel
+    )
     all_errors = [
         find_data_error(data, recipe.data),
         gain_metric_error(recipe, gain),

@@ -9,7 +9,7 @@ from train.data.diagnostics import describe_dropped, describe_unread, find_data_
 from train.data.prepared_data import PreparedData, SplitStats
 from train.formatting import format_count, visible, wrap
 from train.recipe import Recipe
-from train.recipe.schedule import compute_schedule, schedule_warnings
+from train.recipe.schedule import compute_schedule, data_parallel, schedule_warnings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -46,13 +46,20 @@ def start_screen(
     processes = arguments.world_size * max(
         arguments.n_gpu, 1
     )  # one process without DDP feeds a batch to each of its GPUs
-    steps = compute_schedule(recipe.training, len(data.train.dataset), stats.tokens_per_sequence, processes)
+    steps = compute_schedule(
+        recipe.training,
+        len(data.train.dataset),
+        stats.tokens_per_sequence,
+        processes,
+        recipe.model.sequence_parallel,
+    )
     warnings = [
         *find_data_warnings(data),
         *float8_warnings(recipe),
         *compile_warnings(arguments),
         *schedule_warnings(recipe.training, steps, len(data.train.dataset)),
     ]
+    groups = data_parallel(arguments.world_size, recipe.model.sequence_parallel)
     lines = [
         ("model", f"{recipe.model.name_or_path}, {recipe.model.dtype}"),
         *(("", sentence) for sentence in model_notes),
@@ -69,9 +76,9 @@ def start_screen(
         (
             "steps",
             f"{format_count(steps.steps, 'step')} of {format_count(steps.sequences_per_step, 'sequence')}, about "
-            f"{steps.tokens_per_step:,.0f} tokens; {format_count(arguments.world_size, 'process')}",
+            f"{steps.tokens_per_step:,.0f} tokens; {format_count(arguments.world_size, 'process')}{steps.sharing}",
         ),
-        *([("", _describe_imbalance(data, model, arguments))] if arguments.world_size > 1 else []),
+        *([("", _describe_imbalance(data, model, arguments, groups))] if groups > 1 else []),
         ("output", recipe.output_dir),
     ]
     return "\n".join(f"{name:<{_NAME}}{wrap(visible(value), width, _NAME)}" for name, value in lines)
@@ -91,10 +98,11 @@ def _describe_float8(
     return [("float8", f"{recipe.model.float8}: {find_linear_layers(model)}"), ("", str(difference))]
 
 
-def _describe_imbalance(data: PreparedData, model: "PreTrainedModel", arguments: "SFTConfig") -> str:
+def _describe_imbalance(data: PreparedData, model: "PreTrainedModel", arguments: "SFTConfig", groups: int) -> str:
     from train.loop.sampler import BalancedSampler
 
-    random_order, balanced = BalancedSampler(data.train.dataset, arguments, model.config).epoch_imbalance()
+    sampler = BalancedSampler(data.train.dataset, arguments, model.config, ranks=groups)
+    random_order, balanced = sampler.epoch_imbalance()
     return (
         f"ranks wait for each other {balanced - 1:.1%} of the time, as long documents are balanced between them "
         f"({random_order - 1:.1%} in random order)"

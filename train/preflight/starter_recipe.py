@@ -191,7 +191,8 @@ data:
   max_length: {max_length}
 {chr(10).join(more)}
 adapter:
-  r: 16                         # LoRA; take the section out for full fine-tuning, with a lower learning rate
+  r: 16                         # LoRA; for full fine-tuning take the section out, with a lower learning rate and,
+                                # on one GPU, model.dtype: float32
 training:                       # the fields of TRL's SFTConfig
   num_train_epochs: 2
   per_device_train_batch_size: 1

@@ -139,6 +139,8 @@ def check_sections(document: Document) -> None:
         document.add_error(("quantization",), f"4-bit weights can't be trained. {remedy}.")
     if document.section("model").get("float8") is not None:
         _check_float8(document)
+    if document.section("model").get("sequence_parallel") not in (None, 1):
+        _check_sequence_parallel(document)
     if document.section("model").get("use_kernels") is True:
         _check_use_kernels(document)
     targets = document.section("adapter").get("target_modules")
@@ -161,6 +163,18 @@ def _check_float8(document: Document) -> None:
     weights = document.section("model").get("dtype", "bfloat16")
     if training.get("fp16") or (training.get("bf16") is False and weights in ("float16", "float32")):
         document.add_error(key, "float8 needs bfloat16 around it. Write `training.bf16: true`, or null here.")
+
+
+def _check_sequence_parallel(document: Document) -> None:
+    """Add an error for what needs all tokens of a sequence, or all logits."""
+    key = ("model", "sequence_parallel")
+    training = document.section("training")
+    if training.get("neftune_noise_alpha"):
+        reason = "the noise of training.neftune_noise_alpha depends on the length of the sequence"
+        document.add_error(key, f"{reason}, which no process sees. Remove it, or write 1 here.")
+    if training.get("label_smoothing_factor") or training.get("loss_type", "nll") not in ("nll", "dft"):
+        loss = "label_smoothing_factor" if training.get("label_smoothing_factor") else "loss_type"
+        document.add_error(key, f"training.{loss} needs the logits of all tokens. Remove it, or write 1 here.")
 
 
 def _check_use_kernels(document: Document) -> None:

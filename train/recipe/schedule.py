@@ -31,10 +31,11 @@ class Schedule:
     """Optimizer steps of a complete run on `processes` processes.
 
     `sequences_per_step` counts all processes and accumulation steps, and is at most the sequences of an epoch. The last
-    step of an epoch may have fewer.
+    step of an epoch may have fewer. `sequence_parallel`: processes that share each sequence.
     """
 
     processes: int
+    sequence_parallel: int
     sequences_per_step: int
     tokens_per_step: float
     steps_per_epoch: int
@@ -44,9 +45,18 @@ class Schedule:
     evaluation: Cadence
     saving: Cadence
 
+    @property
+    def sharing(self) -> str:
+        """Return the continuation of a number of processes: empty, or how many share a sequence."""
+        return f", {self.sequence_parallel:,} for each sequence" if self.sequence_parallel > 1 else ""
+
 
 def compute_schedule(
-    training: Mapping[str, Any], sequences: int, tokens_per_sequence: float, processes: int
+    training: Mapping[str, Any],
+    sequences: int,
+    tokens_per_sequence: float,
+    processes: int,
+    sequence_parallel: int = 1,
 ) -> Schedule:
     """Return the steps of a run as transformers counts them.
 
@@ -57,10 +67,11 @@ def compute_schedule(
         sequences: sequences per epoch.
         tokens_per_sequence: mean tokens per sequence.
         processes: processes that the launcher starts (WORLD_SIZE).
+        sequence_parallel: processes that share each sequence.
     """
     settings = with_defaults(training)
     accumulation = settings["gradient_accumulation_steps"]
-    batch = settings["per_device_train_batch_size"] * processes
+    batch = settings["per_device_train_batch_size"] * data_parallel(processes, sequence_parallel)
     batches = sequences // batch if settings["dataloader_drop_last"] else -(-sequences // batch)
     steps_per_epoch = max(-(-batches // accumulation), 1)  # a last, smaller step ends each epoch
     epochs = settings["num_train_epochs"]
@@ -72,6 +83,7 @@ def compute_schedule(
 
     return Schedule(
         processes=processes,
+        sequence_parallel=sequence_parallel,
         sequences_per_step=per_step,
         tokens_per_step=tokens_per_sequence * per_step,
         steps_per_epoch=steps_per_epoch,
@@ -88,12 +100,29 @@ def absolute_steps(count: float, steps: int) -> int:
     return math.ceil(steps * count) if count < 1 else int(count)
 
 
+def data_parallel(processes: int, sequence_parallel: int) -> int:
+    """Return the number of processes, or groups of processes, that train sequences of their own; at least 1."""
+    return max(processes // sequence_parallel, 1)
+
+
+def sharing_error(recipe: Recipe, processes: int) -> str | None:
+    """Return an error if `processes` can't be divided into groups that share a sequence; else None."""
+    size = recipe.model.sequence_parallel
+    if processes % size == 0:
+        return None
+    return (
+        f"model.sequence_parallel: {size} does not divide the {format_count(processes, 'process')} of the launch. "
+        f"Start a multiple of {size} with --num_processes, or write a divisor."
+    )
+
+
 def sequences_per_step(recipe: Recipe, processes: int, *, evaluation: bool = False) -> int:
     """Return the sequences of all processes in one optimizer step (or in one batch of an evaluation)."""
     settings = with_defaults(recipe.training)
+    groups = data_parallel(processes, recipe.model.sequence_parallel)
     if evaluation:
-        return int(settings["per_device_eval_batch_size"] * processes)
-    return int(settings["per_device_train_batch_size"] * settings["gradient_accumulation_steps"] * processes)
+        return int(settings["per_device_eval_batch_size"] * groups)
+    return int(settings["per_device_train_batch_size"] * settings["gradient_accumulation_steps"] * groups)
 
 
 def schedule_error(training: Mapping[str, Any], schedule: Schedule) -> str | None:
@@ -130,14 +159,15 @@ def schedule_warnings(training: Mapping[str, Any], schedule: Schedule, sequences
         and settings["logging_steps"] > schedule.steps
     ):
         yield f"No loss is logged before the end: training.logging_steps is {settings['logging_steps']:g}, {run}"
-    batch = settings["per_device_train_batch_size"] * schedule.processes
+    groups = data_parallel(schedule.processes, schedule.sequence_parallel)
+    batch = settings["per_device_train_batch_size"] * groups
     step = batch * settings["gradient_accumulation_steps"]
     if 0 < sequences < step:
         yield (
             f"A step takes {format_count(step, 'sequence')}, and an epoch has {sequences:,}: each step is a complete "
             "epoch. Lower training.per_device_train_batch_size or training.gradient_accumulation_steps"
         )
-        if schedule.processes > 1 and sequences < batch:
+        if groups > 1 and sequences < batch:
             yield (
                 f"There are fewer sequences than the {schedule.processes:,} processes take at once: some processes "
                 "train the same sequences as others"

@@ -83,6 +83,10 @@ class ModelSection(Section):
     that torch ships; flash_attention_N require the packages flash-attn-4, flash-attn-3 (built from source) or
     flash-attn; kernels-community/flash-attn3 and others (publisher/kernel, publisher/kernel@revision) = compiled
     kernels of the hub, through the package kernels; sdpa and eager compute attention across documents and mask it."""
+    sequence_parallel: int = Field(default=1, ge=1)
+    """GPUs that share each sequence, for sequences too long for one (DeepSpeed-Ulysses, arXiv:2309.14509). Each GPU
+    holds the activations of its part of the tokens, and computes attention over all tokens for its part of the heads:
+    the number must divide the GPUs and the attention heads. The loss is that of one GPU, up to rounding."""
     use_kernels: bool = False
     """Replace layers (RMSNorm and others) by compiled ones of the hub, as TRL recommends instead of
     `training.use_liger_kernel`. Requires a GPU and the package kernels, which downloads them."""

@@ -119,6 +119,23 @@ def guards(tmp_path: Path, **settings: float | None) -> Guards:
     return Guards(GuardsSection(**settings), Accelerator(cpu=True), places, str(tmp_path))
 
 
+@pytest.mark.parametrize(("first_token", "rows"), [(0, [1, 2]), (6, [2])])
+def test_processes_that_share_a_sequence_report_the_rows_of_their_tokens(
+    tmp_path: Path, first_token: int, rows: list[int]
+) -> None:
+    """Documents of 4 and 8 tokens on two processes: the first has the end of row 1, and the border cuts row 2."""
+    watched = guards(tmp_path, non_finite_steps=9)
+    losses = torch.zeros(12).index_put((torch.tensor([1, 5, 7]),), torch.tensor([1.0, 2.0, 4.0]))
+    part = losses[None, first_token : first_token + 6]
+    watched.add(BatchInfo((0,), np.array([4, 8]), 3, first_token), part, part > 0)
+    assert watched.check_step(1, float("nan"), float(watched.loss_sum())) is False
+    (suspect,) = suspects(tmp_path)
+    assert suspect["loss"] == pytest.approx(float(part.sum()) / 3)
+    means = {"rows.jsonl:1": 1.0, "rows.jsonl:2": 4.0 if first_token else 2.0}
+    reported = {row["place"]: row["loss"] for row in suspect["rows"]}
+    assert reported == {place: loss for place, loss in means.items() if int(place[-1]) in rows}
+
+
 def test_a_loss_spike_is_reported_with_its_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     watched = guards(tmp_path, loss_spike=8.0)
     rng = np.random.default_rng(3)

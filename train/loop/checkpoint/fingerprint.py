@@ -46,7 +46,8 @@ RESUMABLE_CHANGES = {
 
 def run_fingerprint(recipe: Recipe) -> dict[str, Any]:
     """Return the dotted keys of the recipe that decide what a run computes, with their values as JSON."""
-    sections = recipe.model_dump(mode="json", exclude={"output_dir", "tracking", "guards", "save"})
+    others = dict.fromkeys(("output_dir", "tracking", "guards", "save"), True)
+    sections = recipe.model_dump(mode="json", exclude={**others, "model": {"sequence_parallel"}})
     flat: dict[str, Any] = {}
     for section, values in sections.items():
         for key, value in values.items() if isinstance(values, dict) else [("", values)]:

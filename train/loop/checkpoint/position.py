@@ -6,6 +6,7 @@ from transformers import TrainingArguments
 
 from train.loop.checkpoint.manifest import Checkpoint
 from train.ranks import is_first_rank
+from train.recipe.schedule import data_parallel
 
 
 @dataclass
@@ -22,9 +23,9 @@ class DataPosition:
     shift: int = 0
 
     @classmethod
-    def from_arguments(cls, arguments: TrainingArguments, sequences: int) -> "DataPosition":
-        """Return the position of a run on `sequences` that begins."""
-        batch = arguments.train_batch_size * arguments.world_size
+    def from_arguments(cls, arguments: TrainingArguments, sequences: int, sequence_parallel: int = 1) -> "DataPosition":
+        """Return the position of a run on `sequences` that begins; `sequence_parallel` processes share each."""
+        batch = arguments.train_batch_size * data_parallel(arguments.world_size, sequence_parallel)
         if arguments.dataloader_drop_last:
             sequences = sequences // batch * batch
         return cls(sequences, batch * arguments.gradient_accumulation_steps)

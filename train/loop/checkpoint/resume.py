@@ -26,7 +26,7 @@ from train.loop.checkpoint.manifest import Checkpoint, list_checkpoints
 from train.ranks import is_first_rank
 from train.recipe import Recipe
 from train.recipe.conflicts import is_gain_metric
-from train.recipe.schedule import BATCH_KEYS, sequences_per_step
+from train.recipe.schedule import BATCH_KEYS, data_parallel, sequences_per_step
 from train.recipe.sft_config import training_fields
 
 _BATCH_SIZE, _ACCUMULATION = BATCH_KEYS
@@ -173,13 +173,15 @@ def keep_sequences_per_step(recipe: Recipe, checkpoint: Checkpoint, anyway: Sequ
     sequences from the front until each process has one. Results are not bit-identical: sums are added in another
     order, and dropout draws other numbers.
 
-    Raises UserError if that is impossible, or if the recipe changes the sequences per step on the same processes.
+    Raises UserError if that is impossible, or if the recipe changes the sequences per step although as many processes
+    share them in the same way.
     """
     before, processes_before = checkpoint.manifest["sequences_per_step"], checkpoint.manifest["processes"]
     now = sequences_per_step(recipe, processes)
     if now == before:
         return recipe
-    if processes == processes_before:
+    sharing, sharing_before = recipe.model.sequence_parallel, checkpoint.manifest.get("sequence_parallel", 1)
+    if (processes, sharing) == (processes_before, sharing_before):
         allowed = [*anyway, _ACCUMULATION] if _BATCH_SIZE in anyway else anyway
         refuse_changes(
             checkpoint,
@@ -189,17 +191,18 @@ def keep_sequences_per_step(recipe: Recipe, checkpoint: Checkpoint, anyway: Sequ
         )
         return recipe
     batch_size = get_value({f"training.{key}": value for key, value in recipe.training.items()}, _BATCH_SIZE)
-    accumulation, rest = divmod(before, batch_size * processes)
+    accumulation, rest = divmod(before, batch_size * data_parallel(processes, sharing))
+    shared, shared_before = (f" ({size} for each sequence)" if size > 1 else "" for size in (sharing, sharing_before))
     if rest:
         raise UserError(
             f"--resume: the run of {checkpoint.folder} had {before} sequences a step ({processes_before} processes), "
-            f"which {processes} processes with batches of {batch_size} can't share evenly. Use a number of processes, "
-            "or a training.per_device_train_batch_size, that divides it."
+            f"which {processes} processes{shared} with batches of {batch_size} can't share evenly. Use a "
+            "number of processes, or a training.per_device_train_batch_size, that divides it."
         )
     if is_first_rank():
         print(
-            f"{processes} processes instead of {processes_before}: training.gradient_accumulation_steps is "
-            f"{accumulation}, so that a step has {before} sequences as before",
+            f"{processes} processes{shared} instead of {processes_before}{shared_before}: "
+            f"training.gradient_accumulation_steps is {accumulation}, so that a step has {before} sequences as before",
             flush=True,
         )
     training = {**recipe.training, "gradient_accumulation_steps": accumulation}

@@ -117,6 +117,7 @@ def build_manifest(
         "tokens": state.num_input_tokens_seen,
         "run": dict(run),
         "processes": arguments.world_size,
+        "sequence_parallel": recipe.model.sequence_parallel,
         "sequences_per_step": sequences_per_step(recipe, arguments.world_size),
         "distribution": optimizer_distribution(arguments),
         "packages": _installed_versions(),

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
+from torch.distributed import ProcessGroup, all_reduce
 
 from train.errors import UserError
 from train.loop.batch_info import BatchInfo
@@ -91,15 +92,21 @@ class Guards:
 
         Args:
             batch: its contents.
-            losses: of its tokens in nats, [rows, tokens - 1].
-            has_loss: whether a token has a loss, [rows, tokens - 1].
+            losses: of its tokens in nats, [rows, tokens - 1]; of a shared batch the part of this process.
+            has_loss: whether a token has a loss, of the same shape.
         """
         self._batches.append((batch, losses.detach(), has_loss))
 
-    def loss_sum(self) -> torch.Tensor:
-        """Return the loss of this process's part of the step in nats: float64, on the device."""
+    def loss_sum(self, group: ProcessGroup | None = None) -> torch.Tensor:
+        """Return the loss of this process's batches of the step in nats: float64, on the device.
+
+        `group`: processes that share these batches, all of which must call this.
+        """
         zero = torch.zeros((), dtype=torch.float64, device=self._accelerator.device)
-        return sum((losses.sum(dtype=torch.float64) for _, losses, _ in self._batches), zero)
+        loss = sum((losses.sum(dtype=torch.float64) for _, losses, _ in self._batches), zero)
+        if group is not None:
+            all_reduce(loss, group=group)
+        return loss
 
     def check_step(self, step: int, judged: float, loss_sum: float) -> bool:
         """Return whether the gradients of a step are finite. If not, report its rows on all processes.
@@ -120,7 +127,9 @@ class Guards:
             self._batches.clear()
             return True
         self._consecutive_skips += 1
-        self._report([Suspect(step, "not finite", _as_json(mean), None, self._rank_rows(only_broken=True))])
+        self._report(
+            [Suspect(step, "not finite", _as_json(mean), None, self._rank_rows(only_broken=not math.isfinite(mean)))]
+        )
         self._batches.clear()
         if self._consecutive_skips >= self._settings.non_finite_steps:
             raise UserError(
@@ -147,17 +156,19 @@ class Guards:
         self._recent.append(mean)
 
     def _rank_rows(self, *, only_broken: bool) -> list[SuspectRow]:
-        """Return the step's rows, the highest losses first; with `only_broken`, those that are not finite, if any."""
+        """Return the step's rows, the highest losses first; with `only_broken`, those that are not finite."""
         documents: list[tuple[float, BatchInfo, int]] = []
         for batch, losses, has_loss in self._batches:
             values, counts = losses.double().cpu().numpy(), has_loss.cpu().numpy()
-            ends = np.cumsum(batch.documents)
+            ends = np.cumsum(batch.documents) - batch.first_token
             for number, (end, length) in enumerate(zip(ends, batch.documents, strict=True)):
                 packed = len(values) < len(batch.documents)  # into one row; a document's first token has no loss
-                part = (0, slice(end - length, end - 1)) if packed else (number, slice(None))
+                part = (0, slice(max(end - length, 0), max(end - 1, 0))) if packed else (number, slice(None))
+                if length > 1 and not values[part].size:  # its tokens are on other processes
+                    continue
                 documents.append((values[part].sum() / max(counts[part].sum(), 1), batch, number))
         broken = [document for document in documents if not math.isfinite(document[0])]
-        if only_broken and broken:
+        if only_broken:  # where processes share a batch, perhaps only on others
             documents = broken
         documents.sort(key=lambda document: -math.inf if math.isnan(document[0]) else -document[0])
         return [

@@ -19,6 +19,7 @@ from trl import SFTTrainer
 from train.data.dataset import PackedDataset
 from train.errors import UserError
 from train.loop.batch_info import BATCH_INFO
+from train.loop.sequence_slice import gather_slices
 from train.model.attention.document_borders import takes_borders
 from train.model.float8 import without_float8
 from train.model.inference import evaluation_mode
@@ -83,9 +84,12 @@ class PackingIsolationTest(TrainerCallback):
         if trainer.accelerator.gather(failed).any():
             kernel = trainer.model.config._attn_implementation
             padded = "`sdpa` with `data.packing: false`" if takes_borders(trainer.model) else "`data.packing: false`"
+            remedy = f"Write another kernel (`auto` selects one), or {padded}"
+            if trainer.sequence_group is not None:
+                kernel, remedy = f"{kernel} (sequence_parallel)", "Write `model.sequence_parallel: 1`"
             raise UserError(
                 f"model.attention: {kernel} {error or 'lets packed documents see each other on another process'}. "
-                f"Write another kernel (`auto` selects one), or {padded}."
+                f"{remedy}."
             )
         if is_first_rank():
             print(
@@ -108,7 +112,7 @@ def measure_isolation(trainer: SFTTrainer) -> Isolation:
         replaced_before = _token_losses(trainer, [other_first, second, third])[1]
         replaced_after = _token_losses(trainer, [first, second, other_third])[1]
         joined = _token_losses(trainer, [[*first, *second], third])[0][len(first) :]
-        alone = _token_losses(trainer, [second])[0]
+        alone = _token_losses(trainer, [second], whole=True)[0]
     return Isolation(
         change=_root_mean_square(packed - replaced_before),
         noise=_root_mean_square(packed - replaced_after),
@@ -131,16 +135,25 @@ def _pieces(sequences: PackedDataset) -> tuple[list[int], list[int], list[int], 
     return pieces[0], pieces[1], pieces[2], pieces[3], pieces[4]
 
 
-def _token_losses(trainer: SFTTrainer, documents: list[list[int]]) -> list[torch.Tensor]:
-    """Return the losses of a pack's tokens in nats, float64 on the CPU: [tokens - 1] for each document."""
+def _token_losses(trainer: SFTTrainer, documents: list[list[int]], *, whole: bool = False) -> list[torch.Tensor]:
+    """Return the losses of a pack's tokens in nats, float64 on the CPU: [tokens - 1] for each document.
+
+    `whole`: each process computes all tokens, also where processes share a sequence in training.
+    """
     tokens = [token for document in documents for token in document]
     lengths = [len(document) for document in documents]
-    batch = trainer.data_collator([{"input_ids": tokens, "labels": tokens, "seq_lengths": lengths, "sequence": 0}])
+    collate, group = trainer.data_collator, trainer.sequence_group
+    if group is not None and whole:
+        collate, group = collate.collate_whole, None
+    batch = collate([{"input_ids": tokens, "labels": tokens, "seq_lengths": lengths, "sequence": 0}])
     inputs = trainer._prepare_inputs(batch)  # as in training, where it could add a mask
     inputs.pop(BATCH_INFO, None)
     with trainer.compute_loss_context_manager():
         outputs = trainer.model_wrapped(**inputs, use_cache=False, fused_lm_head=True)  # as TRL's compute_loss does
-    losses = -outputs.log_probs[0].double().cpu()
+    log_probs = outputs.log_probs
+    if group is not None:
+        log_probs = gather_slices(log_probs, group)
+    losses = -log_probs[0].double().cpu()
     starts = itertools.accumulate(lengths, initial=0)
     return [losses[start : start + length - 1] for start, length in zip(starts, lengths, strict=False)]
 

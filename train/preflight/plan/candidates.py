@@ -181,20 +181,21 @@ class Candidates:
 
     def check_traceable(self) -> None:
         """Raise UserError for a model whose activations can't be traced."""
-        self._tracer.activations(
+        self.tracer.activations(
             weights="bfloat16", autocast=False, checkpointing="full", tokens=self.length, longest=self.length
         )
 
     def _activations(self, settings: Settings) -> Activations:
         """Trace them: DeepSpeed casts all weights to 16 bits; without it autocast does where they are used."""
+        length = -(-self.length // self.recipe.model.sequence_parallel)  # on each GPU that shares a sequence
         sharded = settings.strategy.stage > 0
         loaded = "bfloat16" if has_16_bit_weights(self._shape_in(settings.dtype)) else "float32"
         return self.tracer.activations(
             weights=("bfloat16" if self._half else "float32") if sharded else loaded,
             autocast=self._half and not sharded,
             checkpointing=settings.checkpointing,
-            tokens=settings.batch * self.length,
-            longest=self.length,
+            tokens=settings.batch * length,
+            longest=length,
             adapter="bfloat16" if sharded and self._half else "float32",
         )
 

@@ -66,8 +66,7 @@ def describe_settings(candidate: Candidate) -> str:
     settings = candidate.settings
     checkpointing = "no" if settings.checkpointing == "none" else settings.checkpointing
     return (
-        f"{settings.strategy.name}, {checkpointing} checkpointing, "
-        f"{settings.batch} x {settings.accumulation} sequences"
+        f"{settings.strategy.name}, {checkpointing} checkpointing, {settings.batch} x {settings.accumulation} sequences"
     )
 
 

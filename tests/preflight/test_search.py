@@ -207,6 +207,12 @@ def test_the_fewest_gpus_are_those_of_a_plain_loop(gpus: int, mebibytes: float, 
     assert fewest.optimizer == (optimizer or "adamw_torch_fused")
 
 
+def test_gpus_that_share_sequences_are_counted_together() -> None:
+    shared = candidates_of(FULL, "model.sequence_parallel=4")
+    assert find_fewest(shared, cluster_of(2_000, gpus=8)).gpus == 4
+    assert find_fewest(candidates_of(FULL), cluster_of(2_000, gpus=8)).gpus == 1
+
+
 def test_the_recipe_as_written_is_evaluated_under_each_strategy() -> None:
     candidates = candidates_of(FULL)
     written = evaluate_written(candidates, cluster_of(2_000), workload_of(candidates))

@@ -283,6 +283,8 @@ def find_fewest(candidates: Candidates, cluster: Cluster, optimizer: str | None 
     optimizer = optimizer or optimizer_name(candidates.recipe)
 
     def strategy_on(tried: Cluster) -> str | None:
+        if tried.processes % candidates.recipe.model.sequence_parallel:
+            return None
         return next(
             (
                 strategy.name

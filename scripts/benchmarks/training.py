@@ -1,7 +1,7 @@
 """Measure training steps on one GPU: kernels, settings of a recipe, TRL's defaults, a profile.
 
     python scripts/benchmark.py train --json train.json
-    python scripts/benchmark.py train --config tiny --minutes 2
+    python scripts/benchmark.py train --config tiny --minutes 1
 
 The most valuable measurements come first, and those that don't fit into the time are skipped. Each is printed and
 written as it comes; one that fails is a line with its reason. Steps are those of a model with random weights: nothing
@@ -45,8 +45,8 @@ WORKER = (sys.executable, "-m", "benchmarks.training_worker")
 _POLL_SECONDS = 0.1
 _TOKENS_PER_ROW = 1_000
 """A little less than the mean of the generated rows, most of which are shorter."""
-_ROWS = 20
-"""At least: most of them are shorter than the 1,024 tokens of the dry run."""
+_SEQUENCES_PER_STEP = 8
+"""Twice the largest micro-batch, so that an epoch ends in no timed step: of the dry run's rows half are too long."""
 _LENGTHS = {"tiny": 1_024}
 _LENGTH = 8_192
 
@@ -87,7 +87,7 @@ def run(options: argparse.Namespace) -> None:
     from benchmarks.training_inputs import Workload, load_model_config
 
     length = options.max_length or _LENGTHS.get(options.config, _LENGTH)
-    rows = max(_ROWS, 2 * (options.warmup + options.steps) * length // _TOKENS_PER_ROW)  # for two sequences a step
+    rows = _SEQUENCES_PER_STEP * (options.warmup + options.steps) * max(length, _TOKENS_PER_ROW) // _TOKENS_PER_ROW
     workload = asdict(
         Workload(load_model_config(options.config), rows, length, options.warmup, options.steps, options.seed)
     )

@@ -55,8 +55,8 @@ def add_to(commands: Any) -> None:
     """Add the command to those of benchmark.py."""
     parser = commands.add_parser("train", help="training steps: TRL's defaults and ours", description=__doc__)
     add = parser.add_argument
-    add("--json", type=Path, default=Path("train.json"), metavar="FILE",
-        help="record of all measurements (default %(default)s); the profile is written beside it")  # fmt: skip
+    about_json = "record, in place of an earlier one (default %(default)s); the profile is written beside it"
+    add("--json", type=Path, default=Path("train.json"), metavar="FILE", help=about_json)
     add("--minutes", type=positive_float, default=10.0, metavar="N", help="time for all (default %(default)g)")
     about_config = "a model's config.json, mistral-7b-v0.2 (default) or tiny; a small GPU takes fewer of its layers"
     add("--config", default="mistral-7b-v0.2", metavar="FILE_OR_NAME", help=about_config)

@@ -20,6 +20,7 @@ from benchmarks.rows import lengths
 from benchmarks.training_settings import Setting
 from train.data.chat.template import use_template
 from train.errors import UserError
+from train.preflight.plan.activations import ActivationTracer
 from train.preflight.plan.candidates import Candidates
 from train.preflight.plan.cluster import Cluster
 from train.preflight.plan.memory import DDP
@@ -169,11 +170,14 @@ def setting_recipe(setting: Setting, workload: Workload, folder: Path, *, on_cpu
     return setting.load_recipe(overrides)
 
 
-def planned_bytes(recipe: Recipe, config: PreTrainedConfig) -> int | None:
-    """Return the peak bytes that `--check --gpus` plans for the recipe on one GPU; None if it can't plan the model."""
+def planned_bytes(recipe: Recipe, config: PreTrainedConfig, tracer: ActivationTracer | None = None) -> int | None:
+    """Return the peak bytes that `--check --gpus` plans for the recipe on one GPU; None if it can't plan the model.
+
+    `tracer`: of a recipe with the same method and kernel, whose traces are used again.
+    """
     cluster = Cluster(1, 1, "here", 0, 1.0, assumed=False, mfu=1.0)
     try:
-        candidates = Candidates(recipe, config, recipe.data.max_length)
+        candidates = Candidates(recipe, config, recipe.data.max_length, tracer)
         return candidates.memory(written_settings(recipe, DDP), cluster).total
     except UserError:
         return None

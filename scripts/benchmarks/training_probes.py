@@ -104,13 +104,13 @@ def measure_bandwidth() -> dict[str, Any]:
 
 
 def measure_attention(kernel: str, recipe: Recipe, config: PreTrainedConfig) -> dict[str, Any]:
-    """Test a kernel, then time a layer's attention forward and backward over a sequence of equal documents.
+    """Test a kernel's isolation, then time a layer's attention forward and backward over a sequence of documents.
 
-    Raises UserError if the kernel can't be used here or fails the test of packed documents.
+    `config`: of a model with one layer. Raises UserError if the kernel can't be used here or fails the test.
     """
     chosen = recipe.model_copy(update={"model": recipe.model.model_copy(update={"attention": kernel})})
     select_attention(chosen, config)
-    config.update({"num_hidden_layers": 1, "vocab_size": 64})
+    config.update({"vocab_size": 64, "pad_token_id": None})
     with device():
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation=kernel)
     layer = next(module for module in model.modules() if hasattr(module, "num_key_value_groups"))

@@ -1,7 +1,8 @@
 """Settings that `benchmark.py train` measures: a recipe with changes, or TRL's SFTTrainer with its defaults.
 
 A name says all of a setting: `full`, `lora`, `trl` or `trl-lora`, then changes to the recipe, such as
-`full+checkpointing=none+compile=on`. Every setting trains one micro-batch per step.
+`full+checkpointing=none+compile=on`. Every setting trains one micro-batch per step, of one sequence and with full
+checkpointing unless its name says otherwise.
 """
 
 from collections.abc import Sequence
@@ -56,6 +57,8 @@ _CHECKPOINTING = {  # the kwargs of the recipe are removed: TRL refuses `selecti
     "selective": ("training.gradient_checkpointing=true", "training.gradient_checkpointing_kwargs={selective: true}"),
     "none": ("training.gradient_checkpointing=false", "training.gradient_checkpointing_kwargs=null"),
 }
+_BASE = {"batch": "1", "checkpointing": "full"}
+"""Settings without a change, whatever the recipe has."""
 FACTORS = ("checkpointing", *_OVERRIDES)
 _WORDS = {"on": "true", "off": "false"}
 
@@ -71,9 +74,9 @@ class Setting:
 
     @property
     def overrides(self) -> list[str]:
-        """The changes as overrides of the recipe, micro-batch included."""
+        """The changes as overrides of the recipe, micro-batch and checkpointing included."""
         overrides: list[str] = []
-        for factor, value in ({"batch": "1"} | self.changes).items():
+        for factor, value in (_BASE | self.changes).items():
             if factor == "checkpointing":
                 overrides += _CHECKPOINTING[value]
             else:

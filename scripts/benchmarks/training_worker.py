@@ -36,6 +36,7 @@ from benchmarks.training_settings import PROFILE, Setting, parse_setting
 from benchmarks.training_steps import measure_steps, profile_step
 from train.errors import UserError
 from train.model.load import disable_bars_in_logs
+from train.preflight.plan.activations import ActivationTracer
 from train.preflight.plan.cluster import RESERVE
 from train.storage.jsonl import read_json_lines
 from train.warning_filters import filter_known_warnings
@@ -57,6 +58,7 @@ class Worker:
         """Write rows and tokenizer, unless an earlier process has."""
         self.workload = Workload(**task["workload"])
         self.folder, self.trace, self.ends = Path(task["folder"]), Path(task["trace"]), task["ends"]
+        self._tracers: dict[tuple[str, str], ActivationTracer] = {}
         self.results = self.folder / "results.jsonl"
         self.lines: list[Line] = read_json_lines(self.results) if self.results.exists() else []
         if not (self.folder / "model").exists():
@@ -124,14 +126,16 @@ class Worker:
         probe, _, kernel = name.partition(" ")
         if probe == "attention":
             recipe = self._recipe(Setting("attention", "full", {}, trl=False))
-            return measure_attention(kernel, recipe, self._config())
+            return measure_attention(kernel, recipe, model_config(self.workload, layers=1))
         setting = parse_setting(name)
         assert setting is not None  # names are checked before
         return self._measure_setting(setting)
 
     def _measure_setting(self, setting: Setting) -> Line:
         recipe, config = self._recipe(setting), self._config()
-        planned = None if setting.trl else planned_bytes(recipe, config)
+        traces = (setting.method, recipe.model.attention)
+        tracer = self._tracers.setdefault(traces, ActivationTracer(recipe, config))
+        planned = None if setting.trl else planned_bytes(recipe, config, tracer)
         memory = self._machine()["memory_bytes"]
         if memory and planned and planned > _TOO_MUCH * memory:
             gib = f"{planned / 2**30:.1f} GiB of the GPU's {memory / 2**30:.1f}"

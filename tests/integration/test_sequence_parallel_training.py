@@ -29,11 +29,12 @@ class Setting:
     shared: int = 1
     config: str | None = None
     lora: bool = False
+    packed: bool = True
 
     @property
     def name(self) -> str:
         kind = Path(self.config or "ddp").stem
-        return f"{kind}-{self.processes}-shared-{self.shared}-{'lora' if self.lora else 'full'}"
+        return f"{kind}-{self.processes}-shared-{self.shared}-{'lora' if self.lora else 'full'}{'' if self.packed else '-rows'}"
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +58,7 @@ def train(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Callabl
             tiny_model,
             rows,
             folder,
-            data={"max_length": 250, "validation": [{"path": str(held_out)}]},
+            data={"max_length": 250, "validation": [{"path": str(held_out)}], "packing": setting.packed},
             training={
                 "gradient_checkpointing": True,
                 "learning_rate": LEARNING_RATE,
@@ -76,7 +77,7 @@ def train(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Callabl
         arguments = ["--recipe", recipe, f"model.sequence_parallel={ranks.shared}"]
         outcome = launch(ranks.processes, ranks.config, *arguments, logs=root / f"{folder.name}-logs")
         assert "Warning" not in "".join(outcome.succeeded().output)
-        assert "packed documents are isolated" in outcome.output[0]
+        assert ("are isolated: replacing one" in outcome.output[0]) is (setting.packed or ranks.shared > 1)
         lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
         steps = [line for line in lines if "loss" in line]
         weights = load_file(folder / ("adapter_model.safetensors" if setting.lora else "model.safetensors"))
@@ -95,12 +96,17 @@ def metrics(trained: Trained) -> tuple[list[dict], dict]:
     return [line for line in lines if "loss" in line], evaluation
 
 
-SETTINGS = [Setting(2, 2, lora=True), Setting(2, 2, "zero2.yaml"), Setting(4, 2, "zero3.yaml")]
+SETTINGS = [
+    Setting(2, 2, lora=True),
+    Setting(2, 2, packed=False),
+    Setting(4, 2, "zero3.yaml"),
+    Setting(4, 2, "fsdp2.yaml"),
+]
 
 
 @pytest.mark.parametrize("setting", SETTINGS, ids=lambda setting: setting.name)
 def test_a_shared_sequence_trains_the_model_of_one_process(setting: Setting, train: Callable[..., Trained]) -> None:
-    alone, shared = train(Setting(lora=setting.lora)), train(setting)
+    alone, shared = train(Setting(lora=setting.lora, packed=setting.packed)), train(setting)
     assert alone.losses[0] - alone.losses[-1] > 0.1
     loss, norm, weights = compare(shared, alone)
     assert loss < NOISE_OF_LOSS

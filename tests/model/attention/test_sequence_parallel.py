@@ -20,6 +20,7 @@ from train.errors import UserError
 from train.model.attention.selection import attention_needs
 from train.model.attention.sequence_parallel import check_sequence_parallel, shared_heads
 from train.model.text_part import build_meta_model
+from train.recipe import ModelSection
 
 DOCUMENTS = (5, 1, 13, 5)
 SIZE = 8
@@ -120,9 +121,8 @@ TINY = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "voc
     ids=lambda value: getattr(value, "model_type", ""),
 )
 def test_only_models_whose_layers_attend_are_divided(config: PreTrainedConfig, words: str | None) -> None:
-    model = SimpleNamespace(sequence_parallel=4, name_or_path="tiny", attention="auto", dtype="float32")
-    recipe = SimpleNamespace(model=model, training={})
-    bare = build_meta_model(config, SimpleNamespace(trust_remote_code=False, dtype="float32"))
+    recipe = SimpleNamespace(model=ModelSection(name_or_path="tiny", sequence_parallel=4), training={})
+    bare = build_meta_model(config, recipe.model)
     needs = attention_needs(recipe, config)
     if words is None:
         check_sequence_parallel(recipe, bare, needs, "sdpa")

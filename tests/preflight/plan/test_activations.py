@@ -2,6 +2,7 @@
 and against counts by hand."""
 
 import contextlib
+from functools import cache
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,11 +15,13 @@ from transformers import (
     Gemma2Config,
     Gemma3TextConfig,
     LlamaConfig,
+    MixtralConfig,
     Phi3Config,
     PreTrainedConfig,
 )
 from trl.trainer.utils import add_fused_lm_head
 
+from train.errors import UserError
 from train.preflight.plan.activations import ActivationTracer
 from train.preflight.plan.fused_head import TOKEN_CHUNK, VOCABULARY_CHUNK, FusedHeadAllocations
 from train.recipe import AdapterSection, QuantizationSection
@@ -33,7 +36,7 @@ SIZES: dict[str, Any] = {
     "num_hidden_layers": 9,
     "pad_token_id": 0,
 }
-LORA = AdapterSection(r=4, lora_dropout=0.05)
+LORA = AdapterSection(r=4, lora_dropout=0.05, target_modules=("o_proj", "down_proj"))
 LONGROPE = {"type": "longrope", "short_factor": [1.0] * 8, "long_factor": [2.0] * 8}
 CONFIGS = {
     "llama": LlamaConfig(**SIZES),
@@ -41,7 +44,12 @@ CONFIGS = {
     "gemma3": Gemma3TextConfig(**SIZES, head_dim=16),
     "phi3 longrope": Phi3Config(**SIZES, original_max_position_embeddings=4096, rope_scaling=LONGROPE),
     "falcon-h1": FalconH1Config(
-        **SIZES, mamba_d_ssm=64, mamba_n_heads=4, mamba_d_head=16, mamba_d_state=16, mamba_chunk_size=64
+        **SIZES | {"num_hidden_layers": 5},
+        mamba_d_ssm=64,
+        mamba_n_heads=4,
+        mamba_d_head=16,
+        mamba_d_state=16,
+        mamba_chunk_size=64,
     ),
 }
 BF16: dict[str, Any] = {"weights": "bfloat16", "autocast": False}
@@ -58,8 +66,16 @@ def tracer(config: PreTrainedConfig, attention: str = "auto", **sections: Any) -
     return ActivationTracer(recipe, config)
 
 
-def of_layers(config: PreTrainedConfig, layers: int) -> PreTrainedConfig:
-    return type(config)(**{**config.to_dict(), "num_hidden_layers": layers, "layer_types": None})
+@cache
+def llama() -> ActivationTracer:
+    """Return a tracer that several tests ask for the same traces."""
+    return tracer(CONFIGS["llama"])
+
+
+@cache
+def llama_with_lora() -> ActivationTracer:
+    """Return the same with an adapter."""
+    return tracer(CONFIGS["llama"], adapter=LORA)
 
 
 @pytest.mark.parametrize(
@@ -74,16 +90,16 @@ def of_layers(config: PreTrainedConfig, layers: int) -> PreTrainedConfig:
     ],
 )
 def test_a_few_layers_stand_for_all(name: str, settings: dict[str, Any], adapter: AdapterSection | None) -> None:
-    few, every = tracer(CONFIGS[name], adapter=adapter), tracer(CONFIGS[name], adapter=adapter)
-    traced = every.trace_all_layers(**settings, tokens=8_192)
-    assert few.activations(**settings, tokens=8_192, longest=8_192) == pytest.approx(traced, rel=1e-6)
+    model = tracer(CONFIGS[name], adapter=adapter)
+    traced = model.trace_all_layers(**settings, tokens=8_192)
+    assert tuple(model.activations(**settings, tokens=8_192, longest=8_192)) == pytest.approx(tuple(traced), rel=1e-6)
 
 
 @pytest.mark.parametrize("tokens", [6_000, 40_960])
 def test_the_bytes_of_other_lengths_follow_from_two(tokens: int) -> None:
     settings = BF16 | {"checkpointing": "none"}
-    planned = tracer(CONFIGS["llama"]).activations(**settings, tokens=tokens, longest=tokens)
-    traced = tracer(CONFIGS["llama"]).trace_all_layers(**settings, tokens=tokens)
+    planned = llama().activations(**settings, tokens=tokens, longest=tokens)
+    traced = llama().trace_all_layers(**settings, tokens=tokens)
     assert planned.peak == pytest.approx(traced.peak, rel=1e-3)
 
 
@@ -111,14 +127,16 @@ def real_bytes(config: PreTrainedConfig, attention: str, tokens: int, settings: 
     return live.peak
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("checkpointing", ["none", "full"])
-@pytest.mark.parametrize(("weights", "autocast"), [("bfloat16", False), ("float32", False), ("float32", True)])
+@pytest.mark.parametrize(
+    ("weights", "autocast", "attention"),
+    [("bfloat16", False, "sdpa"), ("bfloat16", False, "eager"), ("float32", False, "sdpa"), ("float32", True, "eager")],
+)
 def test_the_trace_is_what_a_real_step_allocates(
     weights: str, autocast: bool, checkpointing: str, attention: str
 ) -> None:
     """The vocabulary is small: TRL's head on a CPU copies a tile of logits several times, which a GPU doesn't."""
-    sizes = {"vocab_size": 16, "hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 6}
+    sizes = {"vocab_size": 16, "hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 4}
     config = LlamaConfig(**SIZES | sizes)
     settings = {"weights": weights, "autocast": autocast, "checkpointing": checkpointing}
     planned = tracer(config, attention).activations(**settings, tokens=512, longest=512)  # type: ignore[arg-type]
@@ -127,20 +145,19 @@ def test_the_trace_is_what_a_real_step_allocates(
 
 def test_full_checkpointing_keeps_the_input_of_each_layer() -> None:
     nine, twenty = (
-        tracer(of_layers(CONFIGS["llama"], layers)).activations(
-            **BF16, checkpointing="full", tokens=8_192, longest=8_192
+        tracer(LlamaConfig(**SIZES | {"num_hidden_layers": layers})).activations(
+            **BF16, checkpointing="full", tokens=1_024, longest=1_024
         )
         for layers in (9, 20)
     )
-    assert twenty.kept - nine.kept == 11 * 8_192 * 64 * 2
+    assert twenty.kept - nine.kept == 11 * 1_024 * 64 * 2
     assert (twenty.working, twenty.head) == (nine.working, nine.head)
 
 
 def test_selective_checkpointing_keeps_the_output_of_attention_besides() -> None:
     """The output [tokens, heads x size] and a float32 per head; the operator's input is computed again."""
-    llama = tracer(CONFIGS["llama"])
     full, selective = (
-        llama.activations(**BF16, checkpointing=checkpointing, tokens=8_192, longest=8_192)
+        llama().activations(**BF16, checkpointing=checkpointing, tokens=8_192, longest=8_192)
         for checkpointing in ("full", "selective")
     )
     per_layer = selective.kept - full.kept
@@ -148,9 +165,8 @@ def test_selective_checkpointing_keeps_the_output_of_attention_besides() -> None
 
 
 def test_a_micro_batch_of_twice_the_tokens_keeps_twice_as_much() -> None:
-    llama = tracer(CONFIGS["llama"])
     small, large = (
-        llama.activations(**BF16, checkpointing="none", tokens=tokens, longest=8_192) for tokens in (8_192, 16_384)
+        llama().activations(**BF16, checkpointing="none", tokens=tokens, longest=8_192) for tokens in (8_192, 16_384)
     )
     assert large.kept == pytest.approx(2 * small.kept, rel=0.001)
 
@@ -167,20 +183,18 @@ def test_eager_attention_keeps_the_square_of_the_row() -> None:
 
 def test_adapters_in_bfloat16_keep_less_than_in_float32() -> None:
     """DeepSpeed casts them; else peft casts their input: with dropout a float32 of the input of each linear layer."""
-    llama = tracer(CONFIGS["llama"], adapter=LORA)
     wide, narrow = (
-        llama.activations(**BF16, checkpointing="none", tokens=8_192, longest=8_192, adapter=adapter)
+        llama_with_lora().activations(**BF16, checkpointing="none", tokens=8_192, longest=8_192, adapter=adapter)
         for adapter in ("float32", "bfloat16")
     )
-    assert narrow.kept < 0.7 * wide.kept
+    assert narrow.kept < 0.8 * wide.kept
 
 
 def test_a_frozen_4_bit_layer_keeps_no_input() -> None:
-    lora = tracer(CONFIGS["llama"], adapter=LORA)
     qlora = tracer(CONFIGS["llama"], adapter=LORA, quantization=QuantizationSection())
     settings: dict[str, Any] = BF16 | {"checkpointing": "none", "tokens": 8_192, "longest": 8_192}
-    full = tracer(CONFIGS["llama"]).activations(**settings)
-    in_bf16 = lora.activations(**settings, adapter="bfloat16")
+    full = llama().activations(**settings)
+    in_bf16 = llama_with_lora().activations(**settings, adapter="bfloat16")
     assert qlora.activations(**settings).kept == pytest.approx(in_bf16.kept, rel=0.02)
     assert full.head > in_bf16.head
 
@@ -215,3 +229,9 @@ def test_the_tiles_of_the_head_are_those_of_trl() -> None:
     from trl.trainer import utils
 
     assert (TOKEN_CHUNK, VOCABULARY_CHUNK) == (chunked_logprob.TOKEN_CHUNK_SIZE, utils._CHUNKED_LOGPROB_CHUNK_SIZE)
+
+
+def test_a_model_that_fake_tensors_cannot_run_is_refused_with_the_reason() -> None:
+    config = MixtralConfig(**SIZES, num_local_experts=4)  # its grouped products exist in 16 bits only
+    with pytest.raises(UserError, match=r"^--gpus: the memory of x can't be planned: .*BF16.*Leave out --gpus"):
+        tracer(config).activations(weights="float32", autocast=False, checkpointing="none", tokens=8_192, longest=8_192)

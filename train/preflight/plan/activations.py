@@ -189,22 +189,25 @@ def _extrapolate(trace: _Trace, layers: LayerKinds | None) -> Activations:
     if layers is None or len(layers.traced) == len(layers.kinds):
         working += [highest[name] for name in trace if "head" not in name]
     else:
-        representatives = layers.representatives()
-        forward = backward = 0.0  # bytes that the layers so far add
+        last, representatives, latest = len(layers.traced) - 1, layers.representatives(), layers.latest()
+        level = start["forward 0"]
         for layer, place in enumerate(representatives):
-            here, after = f"forward {place}", f"forward {place + 1}"
-            working.append(highest[here] - start[here] + start["forward 0"] + forward)
+            here = f"forward {place}"
+            working.append(highest[here] - start[here] + level)
             if layer < len(representatives) - 1:
-                forward += start[after] - start[here]
-            here, before = f"backward {place}", f"backward {place - 1}"
-            if here in trace:
-                if layer and before in trace:
-                    backward += start[here] - start[before]
-                working.append(highest[here] - start[here] + start["backward 0"] + backward)
-        last = len(layers.traced) - 1
-        forward_shift = forward - (start[f"forward {last}"] - start["forward 0"])
-        if f"backward {last}" in trace:
-            backward_shift = backward - (start[f"backward {last}"] - start["backward 0"])
+                level += start[f"forward {place + 1}"] - start[here]
+        forward_shift = level - start[f"forward {last}"]
+        if "backward 1" in trace:  # else no gradient reaches the layers
+            level = start["backward 1"]
+            for layer, place in enumerate(representatives):
+                here = f"backward {place}"
+                if layer > 1:  # the first layer may keep less: LoRA has no gradient for its input
+                    freeing = latest[layers.kinds[layer]]
+                    level += start[f"backward {freeing}"] - start[f"backward {freeing - 1}"]
+                if layer:
+                    working.append(highest[here] - start[here] + level)
+            backward_shift = level - start[f"backward {last}"]
+            working.append(highest.get("backward 0", 0.0))
     kept = start["head backward"] + backward_shift
     head = max(highest.get("head forward", 0.0) + forward_shift, highest["head backward"] + backward_shift)
     return Activations(round(kept), round(max(0.0, max(working) - kept)), round(max(0.0, head - kept)))

@@ -43,6 +43,10 @@ class LayerKinds:
         by_kind = {self.kinds[layer]: place for place, layer in enumerate(self.traced) if 0 < place < last}
         return [0, *(by_kind[kind] for kind in self.kinds[1:-1]), last]
 
+    def latest(self) -> dict[int, int]:
+        """Return for each kind the last place in `traced` of such a layer: the one least like the first."""
+        return {self.kinds[layer]: place for place, layer in enumerate(self.traced)}
+
 
 def find_layers(model: PreTrainedModel) -> torch.nn.ModuleList | None:
     """Return the decoder layers; None where they can't be told from other lists of modules."""

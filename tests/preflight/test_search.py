@@ -207,6 +207,12 @@ def test_the_fewest_gpus_are_those_of_a_plain_loop(gpus: int, mebibytes: float, 
     assert fewest.optimizer == (optimizer or "adamw_torch_fused")
 
 
+def test_a_recipe_that_accepts_16_bit_weights_keeps_them() -> None:
+    allowed = candidates_of(FULL, "model.allow_16bit_training=true")
+    assert {settings.dtype for settings in allowed.list(DDP)} == {"bfloat16"}
+    assert {settings.dtype for settings in candidates_of(FULL).list(DDP)} == {"float32"}
+
+
 def test_gpus_that_share_sequences_are_counted_together() -> None:
     shared = candidates_of(FULL, "model.sequence_parallel=4")
     assert find_fewest(shared, cluster_of(2_000, gpus=8)).gpus == 4

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 from transformers import PreTrainedConfig
 
+from train.loop.master_weights import Launch, master_weights_error
 from train.model.architecture import Architecture, inspect_architecture
 from train.model.flops import Flops
 from train.preflight.plan.activations import Activations, ActivationTracer
@@ -107,14 +108,13 @@ class Candidates:
 
     def list(self, strategy: Strategy, optimizer: str | None = None) -> list[Settings]:
         """Return all settings under `strategy`; `optimizer`: in place of the recipe's."""
-        weights = has_16_bit_weights(self.shape)
-        return [*list_settings(self.recipe, strategy, optimizer, weights_of_16_bits=weights)]
+        loses_updates = self._loses_updates(self.recipe.model.dtype)
+        return [*list_settings(self.recipe, strategy, optimizer, loses_updates=loses_updates)]
 
     def evaluate(self, settings: Settings, cluster: Cluster, workload: Workload) -> Candidate:
         """Return the candidate of `settings` on `cluster`."""
         memory, seconds = self.memory(settings, cluster), self.seconds(settings, cluster, workload)
-        no_masters = settings.strategy.stage == 0 and self.recipe.adapter is None
-        no_masters = no_masters and has_16_bit_weights(self._shape_in(settings.dtype))
+        no_masters = settings.strategy.stage == 0 and self._loses_updates(settings.dtype)
         return Candidate(
             settings=settings,
             overrides=list_overrides(self.recipe, settings),
@@ -159,6 +159,11 @@ class Candidates:
             parameter.elements // 2 if parameter.quantized else parameter.elements * itemsize
             for parameter in self.shape.parameters
         )
+
+    def _loses_updates(self, dtype: str) -> bool:
+        """Return whether a run without DeepSpeed is refused for its 16-bit weights."""
+        loaded = "bfloat16" if has_16_bit_weights(self._shape_in(dtype)) else "float32"
+        return master_weights_error(self.recipe, loaded, Launch()) is not None
 
     def _shape_in(self, dtype: str) -> Architecture:
         """Return the architecture with weights loaded as `dtype`."""

@@ -74,8 +74,10 @@ def _describe_best(plan: RunPlan, best: Candidate) -> list[str]:
     cluster, seconds = plan.cluster, best.seconds
     mfu = plan.flops / max(plan.hours * 3_600 * cluster.processes * cluster.peak_flops, 1e-9)
     parts = {"communication": seconds.communication, "memory traffic": seconds.traffic, "the host": seconds.host}
+    offload = best.settings.strategy.offload
     return [
-        f"fastest that fits: {describe_settings(best)}; {_gib(best)} of {best.usable_memory / GIB:,.1f} GiB",
+        f"{'nothing fits without offload; with it' if offload else 'fastest that fits without offload'}: "
+        f"{describe_settings(best)}; {_gib(best)} of {best.usable_memory / GIB:,.1f} GiB",
         *_command(plan.launch or ""),
         f"{_format_hours(plan.hours)} ({plan.gpu_hours:,.1f} GPU-hours), {mfu:.0%} MFU: {seconds.compute:,.3g} s of "
         "computing a step"

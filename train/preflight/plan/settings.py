@@ -69,19 +69,18 @@ def written_settings(recipe: Recipe, strategy: Strategy, optimizer: str | None =
 
 
 def list_settings(
-    recipe: Recipe, strategy: Strategy, optimizer: str | None = None, *, weights_of_16_bits: bool
+    recipe: Recipe, strategy: Strategy, optimizer: str | None = None, *, loses_updates: bool
 ) -> Iterator[Settings]:
     """Yield all settings under `strategy` with the recipe's sequences per step; `optimizer`: in place of its own.
 
-    - dtype: the recipe's. Under DDP and on one GPU, which have no master weights, full fine-tuning in 16 bits becomes
-      float32 (computed in 16 bits by autocast): 16-bit weights lose small updates.
+    - dtype: the recipe's; float32 (computed in 16 bits by autocast) under DDP and on one GPU if the recipe's
+      `loses_updates` there (train/loop/master_weights.py).
     - checkpointing: all that TRL supports with this method and strategy (check_sharding in train/loop/arguments.py;
       float8 in train/model/float8.py).
     - micro-batch: the divisors of the recipe's sequences per process.
     """
     written = written_settings(recipe, strategy, optimizer)
-    keeps_no_masters = strategy.stage == 0 and recipe.adapter is None and weights_of_16_bits
-    dtype = "float32" if keeps_no_masters else written.dtype
+    dtype = "float32" if strategy.stage == 0 and loses_updates else written.dtype
     sequences = written.batch * written.accumulation
     for checkpointing in _checkpointing_choices(recipe, strategy):
         for batch in (size for size in range(1, sequences + 1) if sequences % size == 0):

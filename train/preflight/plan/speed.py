@@ -143,8 +143,8 @@ def _communication(
     P = bytes of the trained weights' gradients as they are sent, W of all weights.
 
     - DDP: an all-reduce, 2P, once a step beside the last backward pass, in the weights' dtype.
-    - ZeRO-1 in 16 bits: an all-reduce, 2P, after the last backward pass (DeepSpeed's bf16_optimizer.py); P to gather
-      the new weights.
+    - ZeRO-1 in 16 bits: an all-reduce of float32 sums, 4P, after the last backward pass (DeepSpeed's
+      bf16_optimizer.py with communication_data_type: fp32); P to gather the new weights.
     - ZeRO-2: P reduced in each micro-batch beside its backward pass; P to gather the new weights. ZeRO-1 in float32
       reduces in the last micro-batch.
     - ZeRO-3: W gathered forward and again backward, and P reduced, in each micro-batch.
@@ -157,7 +157,7 @@ def _communication(
     if stage == 0:
         last = 2 * sum(parameter.elements * parameter.itemsize for parameter in shape.parameters if parameter.trained)
     elif stage == 1 and low_precision:
-        after = 3 * trained * size
+        after = trained * (2 * 4 + size)
     elif stage == 1:
         last, after = trained * size, trained * size
     elif stage == 2:

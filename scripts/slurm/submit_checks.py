@@ -93,21 +93,23 @@ def _check_checkpoint(recipe: Recipe, resume_anyway: list[str]) -> None:
 def memory_warning(options: argparse.Namespace, config: dict[str, Any], tasks: list[Task]) -> str | None:
     """Return a warning for the first task that doesn't fit in memory according to the plan; None if all fit.
 
-    Tasks without a plan (unknown GPUs, model or way to run) count as fitting.
+    The plan is advice: a task without it (unknown GPUs or way to run, a model that can't be planned) counts as fitting.
     """
     from train.preflight.plan import job_memory
     from train.preflight.plan.cluster import parse_cluster
 
+    gpus = job_memory.parse_gpu_names(options.gpu_names, options.gpus)
     for recipe in _distinct_recipes(tasks):
-        gpus, strategy = (
-            job_memory.parse_gpu_names(options.gpu_names, options.gpus),
-            job_memory.read_strategy(config, recipe),
-        )
-        candidates = job_memory.open_candidates(recipe) if gpus and strategy else None
-        if gpus is None or strategy is None or candidates is None:
+        strategy = job_memory.read_strategy(config, recipe)
+        if gpus is None or strategy is None:
             continue
-        cluster = parse_cluster(gpus, options.nodes)
-        if warning := job_memory.memory_warning(candidates, cluster, strategy, str(options.config)):
+        try:
+            candidates = job_memory.open_candidates(recipe)
+            cluster = parse_cluster(gpus, options.nodes)
+            warning = job_memory.memory_warning(candidates, cluster, strategy, str(options.config))
+        except UserError:
+            continue
+        if warning:
             return warning
     return None
 
@@ -127,10 +129,10 @@ def run_data_check(options: argparse.Namespace, task: Task) -> int:
 
     The report goes to standard error, because --print uses standard output.
     """
-    from train.preflight.plan.job_memory import open_candidates, parse_gpu_names
+    from train.preflight.plan.job_memory import can_be_planned, parse_gpu_names
 
     gpus = parse_gpu_names(options.gpu_names, options.gpus)
     command = [sys.executable, str(ROOT / "train" / "sft.py"), "--recipe", str(options.recipe), "--check"]
     command += resume_options(options.resume_anyway)
-    command += ["--gpus", gpus, "--nodes", str(options.nodes)] if gpus and open_candidates(task.recipe) else []
+    command += ["--gpus", gpus, "--nodes", str(options.nodes)] if gpus and can_be_planned(task.recipe) else []
     return subprocess.run([*command, *task.overrides], stdout=sys.stderr, check=False).returncode

@@ -1,5 +1,6 @@
 """scripts/submit.py without Slurm: its errors and the batch script that --print shows."""
 
+import argparse
 import json
 import re
 import shlex
@@ -13,6 +14,8 @@ from types import ModuleType
 import pytest
 import torch
 from safetensors.torch import save_file
+
+from train.recipe import load_recipe
 
 ROOT = Path(__file__).parents[2]
 ONE_NODE = ("--nodes", "1", "--gpus-per-node", "8", "--time", "24:00:00")
@@ -340,3 +343,20 @@ def test_the_job_has_growing_memory_segments_unless_the_user_set_the_allocator(
     command = ["bash", "-uc", f'{lines}\n"{sys.executable}" -c "{show}"']
     ended = subprocess.run(command, env=own, capture_output=True, text=True, check=True)
     assert ended.stdout.strip() == str(expected)
+
+
+@pytest.mark.parametrize("name", ["dbrx", "mixtral"])
+def test_a_model_without_a_plan_is_no_reason_against_a_job(
+    name: str, submit_script: ModuleType, recipe_file: Callable[..., Path], tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """The class of dbrx fails on its own default config, and a mixture of experts is refused by the plan."""
+    from slurm.batch_script import Task
+    from slurm.submit_checks import memory_warning
+    from transformers import DbrxConfig, MixtralConfig
+
+    monkeypatch.chdir(ROOT)
+    {"dbrx": DbrxConfig, "mixtral": MixtralConfig}[name]().save_pretrained(tmp_path / name)
+    task = Task([], load_recipe(recipe_file(model={"name_or_path": str(tmp_path / name)})))
+    options = argparse.Namespace(gpu_names=["h100"], gpus=2, nodes=1, config=Path("accelerate_configs/ddp.yaml"))
+    assert memory_warning(options, {"distributed_type": "MULTI_GPU"}, [task]) is None

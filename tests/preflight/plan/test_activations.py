@@ -60,8 +60,7 @@ def tracer(config: PreTrainedConfig, attention: str = "auto", **sections: Any) -
     recipe: Any = SimpleNamespace(
         model=ModelSection(name_or_path="x", attention=attention),  # type: ignore[arg-type]
         data=SimpleNamespace(packing=True),
-        training={},
-        **{"adapter": None, "quantization": None} | sections,
+        **{"adapter": None, "quantization": None, "training": {}} | sections,
     )
     return ActivationTracer(recipe, config)
 
@@ -235,3 +234,19 @@ def test_a_model_that_fake_tensors_cannot_run_is_refused_with_the_reason() -> No
     config = MixtralConfig(**SIZES, num_local_experts=4)  # its grouped products exist in 16 bits only
     with pytest.raises(UserError, match=r"^--gpus: the memory of x can't be planned: .*BF16.*Leave out --gpus"):
         tracer(config).activations(weights="float32", autocast=False, checkpointing="none", tokens=8_192, longest=8_192)
+
+
+def test_float16_takes_the_bytes_of_bfloat16() -> None:
+    """Also for QLoRA, whose adapters are bfloat16 under float16's autocast."""
+    training = {"fp16": True, "bf16": False}
+    for name in ("float16", "bfloat16"):
+        section = QuantizationSection(load_in_4bit=True, bnb_4bit_compute_dtype=name, bnb_4bit_quant_storage="uint8")
+        model = tracer(
+            CONFIGS["llama"], adapter=LORA, quantization=section, training=training if name == "float16" else {}
+        )
+        settings: dict[str, Any] = {"weights": "bfloat16", "autocast": True, "checkpointing": "none"}
+        traced = model.activations(**settings, tokens=2_048, longest=2_048)
+        if name == "float16":
+            half = traced
+    assert half == traced
+    assert half.kept > 0

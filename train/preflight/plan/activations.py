@@ -1,5 +1,7 @@
 """Bytes that a forward and backward pass hold, from traces of a few layers."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -51,6 +53,23 @@ class _Setting(NamedTuple):
     adapter: str
 
 
+@contextmanager
+def planning(model: str, action: str) -> Iterator[None]:
+    """Raise any error in this context as a UserError: whatever an architecture does that a plan doesn't support.
+
+    `model`: name or path; `action`: what fails.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(
+            f"--gpus: the memory of {model} can't be planned: {action} fails ({type(error).__name__}: "
+            f"{' '.join(str(error).split())[:200]}). Leave out --gpus: the rest of the check works."
+        ) from error
+
+
 _Trace = dict[str, NDArray[np.float64]]
 """By the name of a segment: live bytes at its beginning, and after each allocation in it."""
 
@@ -77,7 +96,8 @@ class ActivationTracer:
     ) -> Activations:
         """Return the bytes of one micro-batch, with all of its tokens trained.
 
-        - `weights`: dtype that the weights have in the forward pass ("bfloat16", "float16" or "float32");
+        - `weights`: dtype that the weights have in the forward pass: "float32", or "bfloat16", which stands for float16
+          too: a CPU's autocast computes in one of the two and refuses operands of the other;
         - `autocast`: matrix products compute in 16 bits;
         - `checkpointing`: none, selective (TRL's) or full;
         - `tokens`: of the micro-batch, all of its sequences together;
@@ -88,12 +108,13 @@ class ActivationTracer:
         Raises UserError for a model that can't be traced.
         """
         setting = self._setting(weights, autocast, checkpointing, adapter)
-        self._classify(weights)
-        if is_flash(self._kernel):
-            trace = self._interpolated(setting, tokens) or self._trace(setting, tokens, 1)
-        else:  # without packing rows are padded to the longest
-            trace = self._trace(setting, tokens, 1 if self._recipe.data.packing else max(1, tokens // longest))
-        return _extrapolate(trace, self._layers)
+        with planning(self._recipe.model.name_or_path, "tracing a step of it"):
+            self._classify(weights)
+            if is_flash(self._kernel):
+                trace = self._interpolated(setting, tokens) or self._trace(setting, tokens, 1)
+            else:  # without packing rows are padded to the longest
+                trace = self._trace(setting, tokens, 1 if self._recipe.data.packing else max(1, tokens // longest))
+            return _extrapolate(trace, self._layers)
 
     def trace_all_layers(
         self, *, weights: str, autocast: bool, checkpointing: Checkpointing, tokens: int, adapter: str = "float32"
@@ -132,16 +153,7 @@ class ActivationTracer:
     def _trace(self, setting: _Setting, tokens: int, rows: int) -> _Trace:
         key = (setting, tokens, rows)
         if key not in self._traces:
-            try:
-                segments = self._trace_model(setting, tokens, rows, self._layers)
-            except UserError:
-                raise
-            except Exception as error:  # whatever an architecture does that fake tensors don't support
-                raise UserError(
-                    f"--gpus: the memory of {self._recipe.model.name_or_path} can't be planned: tracing a step of it "
-                    f"fails ({type(error).__name__}: {' '.join(str(error).split())[:200]}). Leave out --gpus: the rest "
-                    "of the check works."
-                ) from error
+            segments = self._trace_model(setting, tokens, rows, self._layers)
             self._traces[key] = _by_name(segments)
         return self._traces[key]
 
@@ -156,13 +168,12 @@ class ActivationTracer:
         prepared = prepare_training(
             model, self._recipe, checkpointing=setting.checkpointing, adapter=getattr(torch, setting.adapter)
         )
-        half = torch.float16 if self._recipe.training.get("fp16") else torch.bfloat16
         with fake_tensors(prepared):
             return trace_step(
                 model,
                 find_layers(model) or torch.nn.ModuleList(),
                 build_inputs(model, self._kernel, tokens, rows),
-                autocast=half if setting.autocast else None,
+                autocast=torch.bfloat16 if setting.autocast else None,  # float16 takes as many bytes
             )
 
 

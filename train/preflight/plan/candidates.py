@@ -9,7 +9,7 @@ from transformers import PreTrainedConfig
 from train.loop.master_weights import Launch, master_weights_error
 from train.model.architecture import Architecture, inspect_architecture
 from train.model.flops import Flops
-from train.preflight.plan.activations import Activations, ActivationTracer
+from train.preflight.plan.activations import Activations, ActivationTracer, planning
 from train.preflight.plan.cluster import MAX_GPUS, Cluster
 from train.preflight.plan.memory import (
     DDP,
@@ -98,7 +98,8 @@ class Candidates:
     ) -> None:
         """Inspect the model's architecture. Raises UserError for one that can't be planned."""
         self.recipe, self.length = recipe, length
-        self.shape = inspect_architecture(recipe, config)
+        with planning(recipe.model.name_or_path, "building it without weights"):
+            self.shape = inspect_architecture(recipe, config)
         self._half = computes_in_16_bits(recipe)
         self.tracer = tracer or ActivationTracer(recipe, config)
         self._states: dict[tuple[Strategy, str, str, int], StateBytes] = {}
@@ -186,9 +187,8 @@ class Candidates:
 
     def check_traceable(self) -> None:
         """Raise UserError for a model whose activations can't be traced."""
-        self.tracer.activations(
-            weights="bfloat16", autocast=False, checkpointing="full", tokens=self.length, longest=self.length
-        )
+        for strategy in (DDP, STRATEGIES[-1]):
+            self._activations(self.leanest(self.list(strategy)))
 
     def _activations(self, settings: Settings) -> Activations:
         """Trace them: DeepSpeed casts all weights to 16 bits; without it autocast does where they are used."""

@@ -49,17 +49,21 @@ def parse_gpu_names(names: Sequence[str], count: int) -> str | None:
     return gpus
 
 
-def open_candidates(recipe: Recipe) -> Candidates | None:
-    """Return the candidates of a recipe; None for a model that can't be planned.
+def open_candidates(recipe: Recipe) -> Candidates:
+    """Return the candidates of a recipe. Raises UserError for a model that can't be planned.
 
     The data isn't read: rows are assumed to be data.max_length long.
     """
+    return Candidates(recipe, load_config(recipe.model), recipe.data.max_length)
+
+
+def can_be_planned(recipe: Recipe) -> bool:
+    """Return whether a step under DDP and under DeepSpeed can be traced."""
     try:
-        candidates = Candidates(recipe, load_config(recipe.model), recipe.data.max_length)
-        candidates.check_traceable()
-        return candidates
+        open_candidates(recipe).check_traceable()
     except UserError:
-        return None
+        return False
+    return True
 
 
 def read_strategy(config: Mapping[str, Any], recipe: Recipe) -> Strategy | None:

@@ -206,7 +206,7 @@ def _quantize(model: PreTrainedModel, section: QuantizationSection) -> None:
                     module.in_features,
                     module.out_features,
                     module.bias is not None,
-                    getattr(torch, section.bnb_4bit_compute_dtype),
+                    torch.float32 if section.bnb_4bit_compute_dtype == "float32" else torch.bfloat16,
                     compress_statistics=section.bnb_4bit_use_double_quant,
                     quant_type=section.bnb_4bit_quant_type,
                     quant_storage=getattr(torch, section.bnb_4bit_quant_storage),

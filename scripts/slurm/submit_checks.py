@@ -55,6 +55,7 @@ def _check_recipe(recipe: Recipe, config: dict[str, Any], processes: int, resume
 
     from train.loop.master_weights import master_weights_error, read_launch_configuration
     from train.loop.optimizer_test import check_optimizer
+    from train.loop.sharding import sharding_error
     from train.model.folder import check_model_folder
     from train.model.load import check_model
     from train.model.tokenizer import check_vocabulary, load_chat_tokenizer
@@ -68,7 +69,7 @@ def _check_recipe(recipe: Recipe, config: dict[str, Any], processes: int, resume
     any_attention = recipe.model.model_copy(update={"attention": "auto"})
     checked = check_model(recipe if torch.cuda.is_available() else recipe.model_copy(update={"model": any_attention}))
     launch = read_launch_configuration(recipe.training, config)
-    if error := master_weights_error(recipe, checked.dtype, launch):
+    if error := master_weights_error(recipe, checked.dtype, launch) or sharding_error(recipe, launch, processes):
         raise UserError(error)
     check_optimizer(recipe)
     check_vocabulary(load_chat_tokenizer(recipe.model, recipe.chat).tokenizer, recipe.model, checked.embeddings)

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
-from transformers.integrations import HfDeepSpeedConfig
 
 from train.data.chat.template import use_template
 from train.data.prepare import prepare
@@ -21,7 +20,6 @@ from train.loop.metrics_log import StepLog
 from train.loop.trainer import JanusTrainer
 from train.model.float8 import (
     LossDifference,
-    check_float8_start,
     convert,
     find_linear_layers,
     gpu_error,
@@ -268,15 +266,6 @@ def test_without_torchao(
     monkeypatch.setitem(__import__("sys").modules, "torchao.float8", None)
     message = refused("--recipe", float8_recipe(recipe_file), "--check")
     assert message.startswith("model.float8: it needs the package torchao, which is not installed")
-
-
-def test_zero3_must_not_hold_all_weights_at_once(recipe_file: Callable[..., Path]) -> None:
-    pytest.importorskip("deepspeed")
-    stage3 = HfDeepSpeedConfig({"zero_optimization": {"stage": 3}})
-    recipe = load_recipe(float8_recipe(recipe_file, training={"gradient_checkpointing": False}))
-    with pytest.raises(UserError, match=r"Write `training\.gradient_checkpointing: true`"):
-        check_float8_start(recipe)
-    del stage3
 
 
 def emulated(recipe: Recipe) -> tuple[JanusTrainer, PreparedData]:

@@ -179,11 +179,11 @@ def test_a_run_that_fits_nowhere_says_why() -> None:
 
 def test_a_plan_refuses_16_bit_weights_without_master_weights() -> None:
     plan = plan_of(candidates_for(JANUS), "8xH200")
-    assert plan.written[0].caution
-    assert all(candidate.caution is None for candidate in [*plan.candidates, *plan.written[1:]])
+    assert plan.written[0].refusal
+    assert all(candidate.refusal is None for candidate in [*plan.candidates, *plan.written[1:]])
     lora = candidates_for(ROOT / "recipes/janus-7b/sft/lora.yaml")
     written = written_settings(lora.recipe, STRATEGIES[0])
-    assert lora.evaluate(written, parse_cluster("8xH200"), Workload(1, Flops(1e15, 0.0))).caution is None
+    assert lora.evaluate(written, parse_cluster("8xH200"), Workload(1, Flops(1e15, 0.0))).refusal is None
 
 
 def test_every_configuration_of_a_strategy_exists() -> None:

@@ -7,8 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from transformers import LlamaConfig
 
+from train.loop.master_weights import read_launch_configuration
+from train.loop.sharding import sharding_error
 from train.model.architecture import inspect_architecture
 from train.model.flops import Flops, count_training_flops
 from train.preflight.plan.candidates import (
@@ -53,6 +56,7 @@ RUNS = [
     (LORA, ("training.activation_checkpointing=true", "training.gradient_checkpointing_kwargs={use_reentrant: true}")),
 ]
 
+SELECTIVE = "training.gradient_checkpointing_kwargs={selective: true}"
 TRACED = [*RUNS[:1], (FULL, ("training.gradient_accumulation_steps=6", "training.optim=adamw_torch_fused")), (LORA, ())]
 """Few, as each dtype and checkpointing takes a trace."""
 
@@ -166,6 +170,48 @@ def test_more_memory_never_makes_the_chosen_slower(path: Path, overrides: tuple[
     assert earlier < float("inf")
 
 
+@pytest.mark.parametrize(
+    ("path", "overrides", "refused"),
+    [
+        (QLORA, ("quantization.bnb_4bit_quant_storage=uint8",), "bnb_4bit_quant_storage: uint8 differs"),
+        (LORA, ("training.gradient_checkpointing=true", SELECTIVE), "`selective: true` needs non-reentrant"),
+        (FULL, ("model.float8=tensorwise",), "model.float8: under ZeRO-3"),
+    ],
+)
+def test_what_a_run_refuses_is_neither_planned_nor_counted_as_fitting(
+    path: Path, overrides: tuple[str, ...], refused: str
+) -> None:
+    """Expected from the rules of the trainer on the loaded overrides of each setting, with the file's DeepSpeed."""
+    candidates = candidates_of(path, *overrides)
+    for strategy in STRATEGIES[1:]:
+        config = yaml.safe_load((ROOT / strategy.config_file).read_text(encoding="utf-8"))
+        launch = read_launch_configuration({}, config)
+        for settings in candidates.list(strategy):
+            recipe = load_recipe(path, [*overrides, *list_overrides(candidates.recipe, settings)])
+            error = sharding_error(recipe, launch, 4)
+            assert error == candidates.refusal(settings)
+            assert error is None or path is QLORA
+    written = evaluate_written(candidates, cluster_of(100_000), workload_of(candidates))
+    assert [each.settings.strategy.stage for each in written if refused in (each.refusal or "")] == [3, 3]
+    assert [each.fits for each in written[-2:]] == [False, False]
+    chosen = choose(find_best(candidates, cluster_of(100_000), workload_of(candidates)))
+    assert chosen
+    assert chosen.refusal is None
+    assert find_fewest(candidates, cluster_of(100_000)).strategy == "DDP"
+    if path is QLORA:
+        assert not candidates.fits(STRATEGIES[3], cluster_of(100_000), "adamw_torch")
+
+
+def test_settings_in_a_string_are_not_overridden() -> None:
+    """JSON in a string is one value for the overrides."""
+    recipe = load_recipe(LORA, ["training.gradient_checkpointing_kwargs='{\"selective\": true}'"])
+    candidates = Candidates(recipe, CONFIG, recipe.data.max_length, candidates_of(LORA).tracer)
+    assert written_settings(recipe, DDP).checkpointing == "selective"
+    planned = candidates.list(DDP)
+    assert {settings.checkpointing for settings in planned} == {"none", "selective"}
+    assert not any("kwargs" in override for settings in planned for override in list_overrides(recipe, settings))
+
+
 @pytest.mark.parametrize("path", [FULL, LORA])
 def test_more_gpus_never_raise_the_memory_of_zero_3(path: Path) -> None:
     candidates = candidates_of(path)
@@ -225,7 +271,7 @@ def test_the_recipe_as_written_is_evaluated_under_each_strategy() -> None:
     assert [candidate.memory.strategy for candidate in written] == NAMES
     assert [candidate.overrides for candidate in written[:-1]] == [[]] * 4
     assert written[-1].overrides == ["training.optim=adamw_torch"]  # DeepSpeed's own runs on the host
-    assert [bool(candidate.caution) for candidate in written] == [True, False, False, False, False]
+    assert [bool(candidate.refusal) for candidate in written] == [True, False, False, False, False]
     single = cluster_of(2_000, gpus=1)
     assert [strategy.name for strategy in list_strategies(single)] == ["DDP", "ZeRO-3 offload"]
 

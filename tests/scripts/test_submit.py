@@ -360,3 +360,25 @@ def test_a_model_without_a_plan_is_no_reason_against_a_job(
     task = Task([], load_recipe(recipe_file(model={"name_or_path": str(tmp_path / name)})))
     options = argparse.Namespace(gpu_names=["h100"], gpus=2, nodes=1, config=Path("accelerate_configs/ddp.yaml"))
     assert memory_warning(options, {"distributed_type": "MULTI_GPU"}, [task]) is None
+
+
+@pytest.mark.parametrize(
+    ("sections", "config", "message"),
+    [
+        ({"quantization": {"bnb_4bit_quant_storage": "uint8"}}, "zero3", "quantization.bnb_4bit_quant_storage: uint8"),
+        (
+            {"training": {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"selective": True}}},
+            "zero3",
+            "training.gradient_checkpointing_kwargs: `selective: true`",
+        ),
+        ({"quantization": {"bnb_4bit_quant_storage": "uint8"}}, "fsdp2", "quantization.bnb_4bit_quant_storage: uint8"),
+    ],
+)
+def test_what_the_start_of_a_run_refuses_is_not_queued(
+    sections: dict[str, dict[str, object]], config: str, message: str, refused: Callable[..., str],
+    recipe_file: Callable[..., Path],
+) -> None:  # fmt: skip
+    adapter = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear"}
+    recipe = recipe_file(adapter=adapter, model={"dtype": "bfloat16"}, **sections)
+    options = ("--config", f"accelerate_configs/{config}.yaml", "--print")
+    assert refused(recipe, *ONE_NODE, *options).startswith(message)

@@ -1,4 +1,4 @@
-"""TRL's arguments of a run, and settings of DeepSpeed and FSDP that a run refuses."""
+"""TRL's arguments of a run."""
 
 import os
 from collections.abc import Iterator, Sequence
@@ -13,6 +13,8 @@ from trl import SFTConfig
 
 from train.errors import UserError
 from train.loop.fsdp import check_tied_modules, configure_fsdp2, is_fsdp2
+from train.loop.master_weights import FULL_STATE_DICT, Launch
+from train.loop.sharding import sharding_error
 from train.loop.tracking import tracker_names
 from train.model.load import load_config
 from train.model.text_part import build_meta_model
@@ -89,62 +91,15 @@ def save_timeout(recipe: Recipe) -> int:
 
 
 def check_sharding(recipe: Recipe, arguments: SFTConfig) -> None:
-    """Raise UserError for settings under which a save has no model, or a key of the recipe has no effect."""
+    """Raise UserError for settings that this run's distribution refuses."""
     plugin = arguments.deepspeed_plugin
-    deepspeed = plugin and plugin.hf_ds_config
-    for key in ("sequence_parallel_size", "tensor_parallel.autotp_size") if deepspeed is not None else ():
-        if (deepspeed.get_value(key) or 1) > 1:
-            raise UserError(
-                f"the DeepSpeed configuration has `{key}: {deepspeed.get_value(key)}`, which does not support packed "
-                "rows. Remove it. To divide long sequences between GPUs, write `model.sequence_parallel` in the recipe."
-            )
-    if deepspeed is not None and deepspeed.is_zero3():
-        key = "stage3_gather_16bit_weights_on_model_save"
-        if not deepspeed.get_value(f"zero_optimization.{key}"):
-            raise UserError(
-                f"the DeepSpeed configuration lacks `zero_optimization.{key}: true`, so a save would hold DeepSpeed's "
-                "partitions and no model. Add it, or launch with accelerate_configs/zero3.yaml."
-            )
-        key = "zero_hpz_partition_size"
-        nodes_share = min(deepspeed.get_value(f"zero_optimization.{key}") or 1, world_size())
-        if world_size() % nodes_share:
-            raise UserError(
-                f"the DeepSpeed configuration has `zero_optimization.{key}: {nodes_share}`, which doesn't divide the "
-                f"{world_size()} processes. Write the number of GPUs of a node."
-            )
-        selective = (arguments.gradient_checkpointing_kwargs or {}).get("selective")
-        if recipe.adapter is not None and arguments.gradient_checkpointing and selective:
-            raise UserError(
-                "training.gradient_checkpointing_kwargs: `selective: true` needs non-reentrant checkpointing, and an "
-                "adapter under ZeRO-3 needs the reentrant one. Remove selective, or launch with "
-                "accelerate_configs/zero2.yaml."
-            )
-    if deepspeed is not None and deepspeed.get_value("optimizer.type"):
-        optim, used = recipe.training.get("optim"), deepspeed.get_value("optimizer.type")
-        if optim is not None and not optim.startswith("adamw_torch"):
-            raise UserError(
-                f"training.optim: {optim} would not be used: the DeepSpeed configuration names its own optimizer, "
-                f"{used}. Write adamw_torch, or launch with a configuration that leaves the optimizer to the recipe."
-            )
-    fsdp = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
-    if fsdp and "FULL_STATE_DICT" not in os.environ.get("FSDP_STATE_DICT_TYPE", "FULL_STATE_DICT"):
-        raise UserError(
-            f"fsdp_state_dict_type: {os.environ['FSDP_STATE_DICT_TYPE']} saves FSDP's shards and no model. Write "
-            "FULL_STATE_DICT, or launch with accelerate_configs/fsdp2.yaml."
-        )
-    if recipe.quantization and (fsdp or (deepspeed is not None and deepspeed.is_zero3())):
-        _check_storage(recipe)
-
-
-def _check_storage(recipe: Recipe) -> None:
-    """Raise UserError unless 4-bit weights are stored in the model's type: ranks split by it (peft#1550, #2016)."""
-    assert recipe.quantization is not None
-    storage, dtype = recipe.quantization.bnb_4bit_quant_storage, recipe.model.dtype
-    if dtype not in (storage, "auto"):
-        raise UserError(
-            f"quantization.bnb_4bit_quant_storage: {storage} differs from model.dtype: {dtype}. ZeRO-3 and FSDP need "
-            f"weights of one type. Write the same type for both, and for bnb_4bit_compute_dtype."
-        )
+    launch = Launch(
+        deepspeed=plugin.hf_ds_config.config if plugin else None,
+        fsdp=os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true",
+        state_dict=os.environ.get("FSDP_STATE_DICT_TYPE", FULL_STATE_DICT),
+    )
+    if error := sharding_error(recipe, launch, world_size()):
+        raise UserError(error)
 
 
 @contextmanager

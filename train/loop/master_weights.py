@@ -30,12 +30,19 @@ _SOUND_OPTIMIZERS = (
 name, and of `optim_args` without spaces. All others round to the nearest number."""
 
 
+FULL_STATE_DICT = "FULL_STATE_DICT"
+
+
 @dataclass(frozen=True)
 class Launch:
-    """Distribution of a run: DeepSpeed's configuration, if it is used, or FSDP; else each process has all weights."""
+    """Distribution of a run: DeepSpeed's configuration, if it is used, or FSDP; else each process has all weights.
+
+    `state_dict`: FSDP's type of saved weights.
+    """
 
     deepspeed: Mapping[str, Any] | None = None
     fsdp: bool = False
+    state_dict: str = FULL_STATE_DICT
 
 
 def read_launch(training: Mapping[str, Any], environment: Mapping[str, str]) -> Launch | None:
@@ -62,7 +69,11 @@ def read_launch_configuration(training: Mapping[str, Any], config: Mapping[str, 
         settings = config.get("deepspeed_config") or {}
         file, stage = settings.get("deepspeed_config_file"), settings.get("zero_stage", 2)
         return Launch(_read_deepspeed(file) if file else {"zero_optimization": {"stage": int(stage)}})
-    return Launch(fsdp=config.get("distributed_type") == "FSDP")
+    fsdp = config.get("fsdp_config") or {}
+    return Launch(
+        fsdp=config.get("distributed_type") == "FSDP",
+        state_dict=str(fsdp.get("fsdp_state_dict_type", FULL_STATE_DICT)),
+    )
 
 
 def _launch_in_recipe(training: Mapping[str, Any]) -> Launch | None:

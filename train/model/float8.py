@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedModel
-from transformers.integrations import is_deepspeed_zero3_enabled
 
 from train.errors import UserError
 from train.model.attention.selection import machine
@@ -53,17 +52,10 @@ def check_float8(recipe: Recipe) -> None:
 
 
 def check_float8_start(recipe: Recipe) -> None:
-    """Raise UserError if a run in float8 is about to start on a machine, or with settings, that can't run it."""
+    """Raise UserError if a run in float8 is about to start on a machine that can't run it."""
     if recipe.model.float8 is None:
         return
     check_float8(recipe)
-    training = recipe.training
-    checkpointing = training.get("gradient_checkpointing", training.get("activation_checkpointing"))
-    if is_deepspeed_zero3_enabled() and checkpointing is False:
-        raise UserError(
-            "model.float8: under ZeRO-3 its layers would hold all weights, gathered from all ranks, from the forward "
-            "to the backward pass. Write `training.gradient_checkpointing: true`, which holds those of one layer."
-        )
     _check_gpu()
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -24,8 +24,7 @@ from train.preflight.plan.traced_model import (
     prepare_training,
 )
 from train.recipe import Recipe
-
-Checkpointing = Literal["none", "selective", "full"]
+from train.recipe.checkpointing import Checkpointing
 
 
 class Activations(NamedTuple):

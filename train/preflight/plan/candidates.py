@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from transformers import PreTrainedConfig
 
 from train.loop.master_weights import Launch, master_weights_error
+from train.loop.sharding import sharding_error
 from train.model.architecture import Architecture, inspect_architecture
 from train.model.flops import Flops
 from train.preflight.plan.activations import Activations, ActivationTracer, planning
@@ -57,8 +58,9 @@ class Candidate:
     """Memory and speed of a run under one choice of settings.
 
     - `overrides`: what turns the recipe into these settings;
-    - `usable_memory`: bytes of a GPU without RESERVE; `fits`: no more are taken;
-    - `caution`: the reason not to train with it although it may fit;
+    - `usable_memory`: bytes of a GPU without RESERVE;
+    - `refusal`: the reason why a run with these settings doesn't start;
+    - `fits`: it starts, and takes no more than the usable memory;
     - `seconds`, `hours`: of an optimizer step and of the run, by the model of speed.
     """
 
@@ -66,8 +68,8 @@ class Candidate:
     overrides: list[str]
     memory: Memory
     usable_memory: float
+    refusal: str | None
     fits: bool
-    caution: str | None
     seconds: StepSeconds
     hours: float
 
@@ -108,21 +110,33 @@ class Candidates:
         self._double_quant = quantization.bnb_4bit_use_double_quant if quantization else True
 
     def list(self, strategy: Strategy, optimizer: str | None = None) -> list[Settings]:
-        """Return all settings under `strategy`; `optimizer`: in place of the recipe's."""
+        """Return all settings under `strategy` that a run accepts, or all where it refuses each of them.
+
+        `optimizer`: in place of the recipe's.
+        """
         loses_updates = self._loses_updates(self.recipe.model.dtype)
-        return [*list_settings(self.recipe, strategy, optimizer, loses_updates=loses_updates)]
+        every = [*list_settings(self.recipe, strategy, optimizer, loses_updates=loses_updates)]
+        return [settings for settings in every if self.refusal(settings) is None] or every
+
+    def refusal(self, settings: Settings) -> str | None:
+        """Return the reason why a run with `settings` doesn't start; None if it does."""
+        stage = settings.strategy.stage
+        if stage == 0:
+            return _NO_MASTERS if self._loses_updates(settings.dtype) else None
+        launch = Launch({"zero_optimization": {"stage": stage, "stage3_gather_16bit_weights_on_model_save": True}})
+        return sharding_error(self.recipe, launch, 1, settings.checkpointing)
 
     def evaluate(self, settings: Settings, cluster: Cluster, workload: Workload) -> Candidate:
         """Return the candidate of `settings` on `cluster`."""
         memory, seconds = self.memory(settings, cluster), self.seconds(settings, cluster, workload)
-        no_masters = settings.strategy.stage == 0 and self._loses_updates(settings.dtype)
+        refusal = self.refusal(settings)
         return Candidate(
             settings=settings,
             overrides=list_overrides(self.recipe, settings),
             memory=memory,
             usable_memory=cluster.usable_memory,
-            fits=memory.total <= cluster.usable_memory,
-            caution=_NO_MASTERS if no_masters else None,
+            refusal=refusal,
+            fits=refusal is None and memory.total <= cluster.usable_memory,
             seconds=seconds,
             hours=seconds.total * workload.steps / 3_600,
         )
@@ -145,12 +159,14 @@ class Candidates:
 
     def fits(self, strategy: Strategy, cluster: Cluster, optimizer: str) -> bool:
         """Return whether any settings under `strategy` fit on `cluster`."""
-        return self.memory(self.leanest(self.list(strategy, optimizer)), cluster).total <= cluster.usable_memory
+        leanest = self.leanest(self.list(strategy, optimizer))
+        return self.refusal(leanest) is None and self.memory(leanest, cluster).total <= cluster.usable_memory
 
     @staticmethod
     def leanest(settings: Sequence[Settings]) -> Settings:
         """Return the settings that take the least memory: full checkpointing, one sequence at a time."""
-        return min(settings, key=lambda each: (each.checkpointing != "full", each.batch))
+        order = ("full", "selective", "none")
+        return min(settings, key=lambda each: (order.index(each.checkpointing), each.batch))
 
     @property
     def _bytes_computed_with(self) -> int:

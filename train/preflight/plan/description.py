@@ -40,9 +40,9 @@ def describe_plan(plan: RunPlan) -> list[str]:
         "model that no GPU has confirmed",
     ]
     lines += [
-        f"{candidate.memory.strategy} refuses the recipe as written: {candidate.caution}"
+        f"{candidate.memory.strategy} refuses the recipe as written: {candidate.refusal}"
         for candidate in plan.written
-        if candidate.caution
+        if candidate.refusal
     ]
     lines += [
         f"{candidate.memory.strategy} takes {candidate.memory.host * cluster.gpus / GIB:,.0f} GiB of each host"
@@ -88,7 +88,7 @@ def _describe_best(plan: RunPlan, best: Candidate) -> list[str]:
 
 
 def _describe_misfit(plan: RunPlan) -> list[str]:
-    nearest = min(plan.candidates, key=lambda candidate: candidate.memory.total)
+    nearest = min(plan.candidates, key=lambda candidate: (candidate.refusal is not None, candidate.memory.total))
     memory = nearest.memory
     states = memory.parameters + memory.gradients + memory.optimizer + memory.communication
     return [
@@ -143,7 +143,7 @@ def _totals(candidates: Sequence[Candidate]) -> list[str]:
 
 
 def _fit_and_hours(candidates: Sequence[Candidate]) -> list[str]:
-    fits = "".join(f"{'no' if candidate.caution or not candidate.fits else 'yes':>8}" for candidate in candidates)
+    fits = "".join(f"{'yes' if candidate.fits else 'no':>8}" for candidate in candidates)
     hours = "".join(
         f"{f'{candidate.hours:,.0f}' if candidate.hours >= 100 else f'{candidate.hours:.3g}':>8}"
         for candidate in candidates

@@ -5,16 +5,20 @@ from dataclasses import dataclass
 from typing import Any
 
 from train.model.architecture import Architecture
-from train.preflight.plan.activations import Checkpointing
 from train.preflight.plan.memory import Strategy
 from train.preflight.plan.optimizer_states import runs_on_host
 from train.recipe import Recipe
+from train.recipe.checkpointing import (
+    CHECKPOINTING_KEYS,
+    KWARGS_KEYS,
+    Checkpointing,
+    checkpointing_kwargs,
+    checkpointing_of,
+)
 from train.recipe.schedule import BATCH_KEYS
 from train.recipe.sft_config import with_defaults
 
 _DEFAULT_OPTIMIZER = "adamw_torch_fused"  # transformers' with torch 2.8 or newer
-_CHECKPOINTING_KEYS = ("gradient_checkpointing", "activation_checkpointing")  # two names of one setting
-_KWARGS_KEYS = ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs")
 _WITHOUT_OPERATOR = ("eager", "flex_attention")
 """Kernels that TRL's selective checkpointing does not recognise (selective_activation_checkpointing.py in trl/models),
 so it would save nothing."""
@@ -61,7 +65,7 @@ def written_settings(recipe: Recipe, strategy: Strategy, optimizer: str | None =
     return Settings(
         strategy=strategy,
         dtype=recipe.model.dtype,
-        checkpointing=_checkpointing(settings),
+        checkpointing=checkpointing_of(settings),
         batch=settings["per_device_train_batch_size"],
         accumulation=settings["gradient_accumulation_steps"],
         optimizer="adamw_torch" if strategy.offload and not runs_on_host(optimizer) else optimizer,
@@ -75,14 +79,14 @@ def list_settings(
 
     - dtype: the recipe's; float32 (computed in 16 bits by autocast) under DDP and on one GPU if the recipe's
       `loses_updates` there (train/loop/master_weights.py).
-    - checkpointing: all that TRL supports with this method and strategy (check_sharding in train/loop/arguments.py;
-      float8 in train/model/float8.py).
+    - checkpointing: all that saves memory with this attention; some of them may be refused under `strategy`
+      (train/loop/sharding.py).
     - micro-batch: the divisors of the recipe's sequences per process.
     """
     written = written_settings(recipe, strategy, optimizer)
     dtype = "float32" if strategy.stage == 0 and loses_updates else written.dtype
     sequences = written.batch * written.accumulation
-    for checkpointing in _checkpointing_choices(recipe, strategy):
+    for checkpointing in _checkpointing_choices(recipe):
         for batch in (size for size in range(1, sequences + 1) if sequences % size == 0):
             yield Settings(strategy, dtype, checkpointing, batch, sequences // batch, written.optimizer)
 
@@ -93,13 +97,15 @@ def list_overrides(recipe: Recipe, settings: Settings) -> list[str]:
     changes: list[tuple[str, Any]] = []
     if settings.dtype != recipe.model.dtype:
         changes.append(("model.dtype", settings.dtype))
-    now, written = settings.checkpointing, _checkpointing(defaults)
+    now, written = settings.checkpointing, checkpointing_of(defaults)
     if now != written and "none" in (now, written):
-        changes += [(f"training.{key}", now != "none") for key in _written_keys(recipe, _CHECKPOINTING_KEYS)]
+        changes += [(f"training.{key}", now != "none") for key in _written_keys(recipe, CHECKPOINTING_KEYS)]
     if now != written and "selective" in (now, written):
-        keys = _written_keys(recipe, _KWARGS_KEYS)
+        keys = [key for key in _written_keys(recipe, KWARGS_KEYS) if not isinstance(recipe.training.get(key), str)]
         changes += [(f"training.{key}.selective", now == "selective") for key in keys]
-        reentrant = [key for key in keys if now == "selective" and _kwargs(defaults, key).get("use_reentrant")]
+        reentrant = [
+            key for key in keys if now == "selective" and checkpointing_kwargs(defaults, key).get("use_reentrant")
+        ]
         changes += [(f"training.{key}.use_reentrant", False) for key in reentrant]  # selective needs the other kind
     for key, value in zip(BATCH_KEYS, (settings.batch, settings.accumulation), strict=True):
         if value != defaults[key.removeprefix("training.")]:
@@ -114,27 +120,11 @@ def _written_keys(recipe: Recipe, names: Sequence[str]) -> list[str]:
     return [name for name in names if recipe.training.get(name) is not None] or [names[0]]
 
 
-def _checkpointing(settings: dict[str, Any]) -> Checkpointing:
-    """Return the checkpointing of `training` with its defaults."""
-    choices = [settings.get(key) for key in reversed(_CHECKPOINTING_KEYS)]
-    if not next((choice for choice in choices if choice is not None), False):
-        return "none"
-    selective = any(_kwargs(settings, key).get("selective") for key in _KWARGS_KEYS)
-    return "selective" if selective else "full"
-
-
-def _kwargs(settings: dict[str, Any], key: str) -> dict[str, Any]:
-    """Return a section of `training`; empty for JSON in a string, which the overrides can't change."""
-    value = settings.get(key)
-    return value if isinstance(value, dict) else {}
-
-
-def _checkpointing_choices(recipe: Recipe, strategy: Strategy) -> list[Checkpointing]:
-    choices: list[Checkpointing] = ["none", "selective", "full"]
-    in_a_string = any(isinstance(recipe.training.get(key), str) for key in _KWARGS_KEYS)
-    unsupported = recipe.adapter is not None and strategy.stage == 3
-    if recipe.model.attention in _WITHOUT_OPERATOR or unsupported or in_a_string:
-        choices.remove("selective")
-    if recipe.model.float8 is not None and strategy.stage == 3:
-        choices.remove("none")
-    return choices
+def _checkpointing_choices(recipe: Recipe) -> list[Checkpointing]:
+    """Return the checkpointing to choose from: where the section is JSON in a string, overrides can't change it."""
+    if recipe.model.attention in _WITHOUT_OPERATOR:
+        return ["none", "full"]
+    if any(isinstance(recipe.training.get(key), str) for key in KWARGS_KEYS):
+        selective = any(checkpointing_kwargs(recipe.training, key).get("selective") for key in KWARGS_KEYS)
+        return ["none", "selective" if selective else "full"]
+    return ["none", "selective", "full"]

@@ -15,10 +15,10 @@ from typing import NamedTuple
 
 from train.model.architecture import Architecture
 from train.model.flops import Flops
-from train.preflight.plan.activations import Checkpointing
 from train.preflight.plan.cluster import Cluster
 from train.preflight.plan.memory import StateBytes
 from train.preflight.plan.settings import Settings
+from train.recipe.checkpointing import Checkpointing
 
 
 class Hardware(NamedTuple):

@@ -12,6 +12,7 @@ from train.loop.sharding import sharding_error
 from train.recipe import load_recipe
 
 ROOT = Path(__file__).parents[2]
+SELECTIVE = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"selective": True}}
 LORA = {"adapter": {"r": 4, "lora_alpha": 8, "target_modules": "all-linear"}}
 
 
@@ -35,7 +36,7 @@ def stage_3(**changes: Any) -> Launch:
         ),
         (
             stage_3(),
-            {"training": {"gradient_checkpointing_kwargs": {"selective": True}}, **LORA},
+            {"training": SELECTIVE, **LORA},
             "`selective: true` needs non-reentrant checkpointing",
         ),
         (
@@ -44,13 +45,13 @@ def stage_3(**changes: Any) -> Launch:
             "uint8 differs from model.dtype: bfloat16",
         ),
         (Launch(fsdp=True, state_dict="SHARDED_STATE_DICT"), {}, "fsdp_state_dict_type: SHARDED_STATE_DICT"),
-        (stage_3(), {"training": {"gradient_checkpointing_kwargs": {"selective": True}}}, None),
+        (stage_3(), {"training": SELECTIVE}, None),
         (
             Launch({"zero_optimization": {"stage": 2}}),
             {"quantization": {"bnb_4bit_quant_storage": "uint8"}, **LORA},
             None,
         ),
-        (Launch(), {"training": {"gradient_checkpointing_kwargs": {"selective": True}}, **LORA}, None),
+        (Launch(), {"training": SELECTIVE, **LORA}, None),
     ],
 )
 def test_refused_combinations(

@@ -8,12 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
-from transformers import LlamaConfig
+from transformers import Gemma2Config, LlamaConfig
 
 from train.loop.master_weights import read_launch_configuration
 from train.loop.sharding import sharding_error
 from train.model.architecture import inspect_architecture
-from train.model.flops import Flops, count_training_flops
+from train.model.flops import FLOAT32_FLOPS, PEAK_FLOPS, Flops, count_training_flops
 from train.preflight.plan.candidates import (
     EQUALLY_FAST,
     ROOMY,
@@ -298,6 +298,34 @@ def test_hours_with_full_checkpointing_are_those_of_the_mfu() -> None:
     settings = replace(written_settings(candidates.recipe, DDP), checkpointing="full")
     compute = candidates.evaluate(settings, cluster, Workload(1, flops)).seconds.compute
     assert compute == pytest.approx(6.1e15 / (989e12 * 0.4))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "slower"),  # of the H100's data sheet: 989 TFLOP/s of bfloat16, 67 of float32, 494.5 of TF32
+    [(("training.bf16=false",), 989 / 67), (("training.bf16=false", "training.tf32=true"), 2.0),
+     (("training.bf16=false", "training.torch_compile=true"), 2.0), (("training.tf32=true",), 1.0),
+     (("training.bf16=false", "training.fp16=true"), 1.0)],
+)  # fmt: skip
+def test_float32_is_computed_at_its_own_peak(overrides: tuple[str, ...], slower: float) -> None:
+    cluster, workload = parse_cluster("8xH100"), Workload(1, Flops(6e15, 1e14))
+    compute = [
+        (own := candidates_of(FULL, *more)).seconds(written_settings(own.recipe, DDP), cluster, workload).compute
+        for more in ((), overrides)
+    ]
+    assert compute[1] == pytest.approx(slower * compute[0])
+    assert set(FLOAT32_FLOPS) == set(PEAK_FLOPS)
+
+
+def test_the_planned_attention_is_that_of_the_run() -> None:
+    """FlashAttention computes in 16 bits; soft-capping takes flex_attention, under which selective saves nothing."""
+    half, single = candidates_of(FULL), candidates_of(FULL, "training.bf16=false", "model.dtype=float32")
+    assert (half.attention, single.attention) == ("torch_varlen", "sdpa")
+    for attention, selective in (("auto", False), ("flash_attention_2", True)):
+        recipe = load_recipe(FULL, [f"model.attention={attention}"])
+        softcapped = Candidates(recipe, Gemma2Config(num_hidden_layers=2), recipe.data.max_length)
+        assert softcapped.attention == ("flash_attention_2" if selective else "flex_attention")
+        assert ("selective" in {each.checkpointing for each in softcapped.list(STRATEGIES[2])}) is selective
+    assert "selective" in {each.checkpointing for each in half.list(STRATEGIES[2])}
 
 
 @pytest.mark.parametrize(

@@ -26,6 +26,20 @@ PEAK_FLOPS = {
     "MI300X": 1300e12,
 }
 """FLOP/s of dense bfloat16 matrix products, from the vendors' data sheets (as in TRL and torchtitan)."""
+FLOAT32_FLOPS = {  # float32, and TF32 tensor cores without sparsity (training.tf32)
+    "GB200": (80e12, 1250e12),
+    "B200": (75e12, 1125e12),
+    "H200": (67e12, 494.5e12),
+    "H100": (67e12, 494.5e12),
+    "H20": (44e12, 74e12),
+    "A100": (19.5e12, 156e12),
+    "A6000": (38.7e12, 77.4e12),
+    "A10": (31.2e12, 62.5e12),
+    "L40S": (91.6e12, 183e12),
+    "L4": (30.3e12, 60e12),
+    "MI300X": (163.4e12, 653.7e12),
+}
+"""FLOP/s of matrix products of float32 numbers, from the vendors' data sheets (half of TF32 with sparsity)."""
 MEMORY_GIB = {"GB200": 186, "H200": 141, "H100": 80, "H20": 96, "A6000": 48, "A10": 24, "L40S": 48, "L4": 24}
 """Memory of GPUs that are sold in one size, from the vendors' data sheets."""
 DEFAULT_GPU, DEFAULT_MFU = "H100", 0.4

@@ -16,12 +16,13 @@ from train.preflight.plan.traced_model import (
     LayerKinds,
     build_inputs,
     build_model,
-    choose_kernel,
     classify_layers,
     fake_tensors,
     find_layers,
     is_flash,
+    planned_attention,
     prepare_training,
+    traced_kernel,
 )
 from train.recipe import Recipe
 from train.recipe.checkpointing import Checkpointing
@@ -129,8 +130,8 @@ class ActivationTracer:
     def _classify(self, weights: str) -> None:
         """Find the kinds of the layers, once: they are the same in each dtype."""
         if not self._kernel:
-            model = build_model(self._recipe, self._config, weights=weights)
-            self._kernel = choose_kernel(self._recipe, model)
+            self._kernel = traced_kernel(planned_attention(self._recipe, self._config))
+            model = build_model(self._recipe, self._config, weights=weights, kernel=self._kernel)
             self._layers = None if _names_layers(self._recipe) else classify_layers(model)
 
     def _interpolated(self, setting: _Setting, tokens: int) -> _Trace | None:

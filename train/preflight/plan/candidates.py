@@ -9,7 +9,7 @@ from transformers import PreTrainedConfig
 from train.loop.master_weights import Launch, master_weights_error
 from train.loop.sharding import sharding_error
 from train.model.architecture import Architecture, inspect_architecture
-from train.model.flops import Flops
+from train.model.flops import FLOAT32_FLOPS, Flops
 from train.preflight.plan.activations import Activations, ActivationTracer, planning
 from train.preflight.plan.cluster import MAX_GPUS, Cluster
 from train.preflight.plan.memory import (
@@ -29,9 +29,11 @@ from train.preflight.plan.settings import (
     list_overrides,
     list_settings,
     optimizer_name,
+    uses_tf32,
     written_settings,
 )
 from train.preflight.plan.speed import StepSeconds, estimate_step
+from train.preflight.plan.traced_model import planned_attention
 from train.recipe import Recipe
 
 EIGHT_BIT_ADAM = "adamw_bnb_8bit"
@@ -92,6 +94,7 @@ class Candidates:
     """All candidates of a recipe. It remembers what several of them share.
 
     - `length`: tokens of the longest sequence;
+    - `attention`: the kernel that training would take;
     - `tracer`: of another recipe with the same model, adapter and packing, whose traces are used again.
     """
 
@@ -102,6 +105,7 @@ class Candidates:
         self.recipe, self.length = recipe, length
         with planning(recipe.model.name_or_path, "building it without weights"):
             self.shape = inspect_architecture(recipe, config)
+            self.attention = planned_attention(recipe, config)
         self._half = computes_in_16_bits(recipe)
         self.tracer = tracer or ActivationTracer(recipe, config)
         self._states: dict[tuple[Strategy, str, str, int], StateBytes] = {}
@@ -115,7 +119,7 @@ class Candidates:
         `optimizer`: in place of the recipe's.
         """
         loses_updates = self._loses_updates(self.recipe.model.dtype)
-        every = [*list_settings(self.recipe, strategy, optimizer, loses_updates=loses_updates)]
+        every = [*list_settings(self.recipe, strategy, self.attention, optimizer, loses_updates=loses_updates)]
         return [settings for settings in every if self.refusal(settings) is None] or every
 
     def refusal(self, settings: Settings) -> str | None:
@@ -145,6 +149,13 @@ class Candidates:
         """Return the bytes of one GPU under `settings` on `cluster`."""
         return sum_memory(settings.strategy, self._count_states(settings, cluster), self._activations(settings))
 
+    def with_peak(self, cluster: Cluster) -> Cluster:
+        """Return `cluster` with the peak of its GPUs in the type that the run computes in."""
+        if self._half:
+            return cluster
+        peak, tf32 = FLOAT32_FLOPS[cluster.gpu]
+        return replace(cluster, peak_flops=tf32 if uses_tf32(self.recipe) else peak)
+
     def seconds(self, settings: Settings, cluster: Cluster, workload: Workload) -> StepSeconds:
         """Return the seconds of an optimizer step."""
         return estimate_step(
@@ -152,7 +163,7 @@ class Candidates:
             workload.flops,
             settings,
             self._count_states(settings, cluster),
-            cluster,
+            self.with_peak(cluster),
             low_precision=self._half,
             weight_bytes=self._bytes_computed_with,
         )

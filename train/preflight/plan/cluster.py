@@ -19,7 +19,8 @@ class Cluster:
     """`nodes` machines with `gpus` GPUs each.
 
     - `memory`: bytes of one GPU;
-    - `peak_flops`: FLOP/s of dense bfloat16 matrices of one GPU, by the data sheet of `gpu`;
+    - `peak_flops`: FLOP/s of matrix products on one GPU, by the data sheet of `gpu`: of bfloat16, or of float32 where
+      a run computes in it;
     - `assumed`: no GPU was named, so `gpu` is DEFAULT_GPU;
     - `mfu`: share of the peak that training reaches.
     """

@@ -88,7 +88,7 @@ def plan_run(
     - `documents`: lengths in tokens of the rows that an epoch trains, [rows];
     - `steps`, `epochs`, `sequences_per_step`: from the schedule.
     """
-    recipe = candidates.recipe
+    recipe, cluster = candidates.recipe, candidates.with_peak(cluster)
     per_epoch = count_training_flops(candidates.shape, documents)
     flops = Flops(per_epoch.parameters * epochs, per_epoch.attention * epochs)
     workload = Workload(steps, Flops(flops.parameters / max(steps, 1), flops.attention / max(steps, 1)))

@@ -53,6 +53,12 @@ def computes_in_16_bits(recipe: Recipe) -> bool:
     return bool(settings["fp16"]) or settings.get("bf16") is not False
 
 
+def uses_tf32(recipe: Recipe) -> bool:
+    """Return whether products of float32 numbers may use TF32: torch_compile sets it by default (TrainingArguments)."""
+    settings = with_defaults(recipe.training)
+    return bool(settings["torch_compile"]) if settings["tf32"] is None else bool(settings["tf32"])
+
+
 def has_16_bit_weights(shape: Architecture) -> bool:
     """Return whether the weights of `shape` are loaded in 16 bits."""
     return next(parameter.itemsize for parameter in shape.parameters if parameter.role != "adapter") == 2
@@ -73,9 +79,11 @@ def written_settings(recipe: Recipe, strategy: Strategy, optimizer: str | None =
 
 
 def list_settings(
-    recipe: Recipe, strategy: Strategy, optimizer: str | None = None, *, loses_updates: bool
+    recipe: Recipe, strategy: Strategy, attention: str, optimizer: str | None = None, *, loses_updates: bool
 ) -> Iterator[Settings]:
-    """Yield all settings under `strategy` with the recipe's sequences per step; `optimizer`: in place of its own.
+    """Yield all settings under `strategy` with the recipe's sequences per step.
+
+    `attention`: the kernel; `optimizer`: in place of the recipe's.
 
     - dtype: the recipe's; float32 (computed in 16 bits by autocast) under DDP and on one GPU if the recipe's
       `loses_updates` there (train/loop/master_weights.py).
@@ -86,7 +94,7 @@ def list_settings(
     written = written_settings(recipe, strategy, optimizer)
     dtype = "float32" if strategy.stage == 0 and loses_updates else written.dtype
     sequences = written.batch * written.accumulation
-    for checkpointing in _checkpointing_choices(recipe):
+    for checkpointing in _checkpointing_choices(recipe, attention):
         for batch in (size for size in range(1, sequences + 1) if sequences % size == 0):
             yield Settings(strategy, dtype, checkpointing, batch, sequences // batch, written.optimizer)
 
@@ -120,9 +128,9 @@ def _written_keys(recipe: Recipe, names: Sequence[str]) -> list[str]:
     return [name for name in names if recipe.training.get(name) is not None] or [names[0]]
 
 
-def _checkpointing_choices(recipe: Recipe) -> list[Checkpointing]:
+def _checkpointing_choices(recipe: Recipe, attention: str) -> list[Checkpointing]:
     """Return the checkpointing to choose from: where the section is JSON in a string, overrides can't change it."""
-    if recipe.model.attention in _WITHOUT_OPERATOR:
+    if attention in _WITHOUT_OPERATOR:
         return ["none", "full"]
     if any(isinstance(recipe.training.get(key), str) for key in KWARGS_KEYS):
         selective = any(checkpointing_kwargs(recipe.training, key).get("selective") for key in KWARGS_KEYS)

@@ -6,7 +6,7 @@ and the last one: all others keep and free what another layer of their kind does
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from transformers.masking_utils import flash_attention_mask
 
 from train.model.adapters import lora_config
 from train.model.attention import torch_varlen
+from train.model.attention.selection import attention_needs, choose_attention, machine
 from train.model.text_part import build_meta_model, find_idle_parameters, freeze
 from train.recipe import QuantizationSection, Recipe
 
@@ -104,14 +105,21 @@ def _describe(layer: torch.nn.Module) -> str:
     )
 
 
-def choose_kernel(recipe: Recipe, model: PreTrainedModel) -> str:
-    """Return the attention to trace: the recipe's, or for `auto` FlashAttention where the model's code supports it."""
-    choice = recipe.model.attention
-    if choice in ("eager", "sdpa"):
-        return choice
-    if choice != "auto" or model._supports_flash_attn or model._supports_flex_attn:
-        return _FLASH
-    return "sdpa" if model._supports_sdpa else "eager"
+def planned_attention(recipe: Recipe, config: PreTrainedConfig) -> str:
+    """Return the kernel that training takes: the recipe's, or that of `auto` on a GPU with the packages installed here.
+
+    Without a GPU here it is the choice for an H100 (compute capability 9.0).
+    """
+    if recipe.model.attention != "auto":
+        return recipe.model.attention
+    here = machine()
+    here = here if here.capability else replace(here, capability=(9, 0))
+    return choose_attention("auto", attention_needs(recipe, config), here).kernel
+
+
+def traced_kernel(attention: str) -> str:
+    """Return the kernel to trace in place of `attention`: flex_attention and all of FlashAttention keep no square."""
+    return attention if attention in ("eager", "sdpa") else _FLASH
 
 
 def _flash_attention(module: Any, query: Any, key: Any, value: Any, mask: Any, **settings: Any) -> Any:
@@ -130,7 +138,7 @@ def register_flash_attention() -> None:
 
 
 def build_model(
-    recipe: Recipe, config: PreTrainedConfig, *, weights: str, kernel: str | None = None, traced: tuple[int, ...] = ()
+    recipe: Recipe, config: PreTrainedConfig, *, weights: str, kernel: str, traced: tuple[int, ...] = ()
 ) -> PreTrainedModel:
     """Return the model on the meta device: in the dtype `weights`, with the layers `traced` alone (empty = all).
 
@@ -138,7 +146,7 @@ def build_model(
     """
     model = build_meta_model(config, recipe.model.model_copy(update={"dtype": weights}))
     register_flash_attention()
-    model.set_attn_implementation(kernel or choose_kernel(recipe, model))
+    model.set_attn_implementation(kernel)
     for module in model.modules():
         kind = getattr(module, "rope_type", None)  # RoPE by the longest position would read a fake number
         if isinstance(kind, str):

@@ -103,7 +103,7 @@ def test_the_strategy_is_read_from_the_launch_configuration(
     }
     assert names == {
         "cpu": "DDP", "single_gpu": "DDP", "ddp": "DDP", "fsdp2": None, "hsdp_multinode": None, "zero1": "ZeRO-1",
-        "zero2": "ZeRO-2", "zero3": "ZeRO-3", "zero3_hpz_multinode": "ZeRO-3", "zero3_multinode": "ZeRO-3",
+        "zero2": "ZeRO-2", "zero3": "ZeRO-3", "zero3_hpz_multinode": None, "zero3_multinode": "ZeRO-3",
         "zero3_offload": "ZeRO-3 offload",
     }  # fmt: skip
     inline = {"distributed_type": "DEEPSPEED", "deepspeed_config": {"zero_stage": 3, "offload_param_device": "cpu"}}

@@ -171,3 +171,18 @@ def test_inspecting_a_model_does_not_change_its_config(tiny_model: Path, recipe_
     config = AutoConfig.from_pretrained(tiny_model, attn_implementation="sdpa")
     inspect_architecture(load_recipe(recipe_file()), config)
     assert config._attn_implementation == "sdpa"
+
+
+def test_stage_1_in_float16_is_not_that_of_bfloat16() -> None:
+    """By hand: float32 sums of all gradients and a copy of the share beside them; three buckets in float32."""
+    model, gpus = shape(LlamaConfig(**SIZES)), 4
+    half, single = (
+        count_state_bytes(model, STRATEGIES[1], StateSettings(gpus, "adamw_torch_fused", True, float16=float16))
+        for float16 in (True, False)
+    )
+    assert model.total % (2 * gpus) == 0
+    assert half.gradients == 4 * model.total + 4 * model.total // gpus
+    assert single.gradients == 4 * model.total
+    largest = max(parameter.elements for parameter in model.parameters)
+    assert half.communication == 3 * 200_000_000 * 4 + 2 * largest
+    assert (half.parameters, half.optimizer) == (single.parameters, single.optimizer)

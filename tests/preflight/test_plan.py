@@ -200,18 +200,20 @@ def test_every_configuration_of_a_strategy_exists() -> None:
 
 
 @pytest.mark.parametrize(
-    ("written", "gpus", "gibibytes", "gpu"),
+    ("written", "gpus", "mebibytes", "gpu"),  # of named GPUs those that nvidia-smi shows
     [
-        ("4x80GB", 4, 80, "H100"),
-        ("8xH100-80GB", 8, 80, "H100"),
-        ("2xH200", 2, 141, "H200"),
-        ("1xa100-40GB", 1, 40, "A100"),
-        ("8Xh100-80gb", 8, 80, "H100"),
+        ("4x80GB", 4, 81_920, "H100"),
+        ("8xH100-80GB", 8, 81_559, "H100"),
+        ("2xH200", 2, 143_771, "H200"),
+        ("1xa100-40GB", 1, 40_960, "A100"),
+        ("8Xh100-80gb", 8, 81_559, "H100"),
+        ("4xL4", 4, 23_034, "L4"),
+        ("1xH100-94GB", 1, 94 * 1_024, "H100"),
     ],
 )
-def test_gpus_are_parsed(written: str, gpus: int, gibibytes: int, gpu: str) -> None:
+def test_gpus_are_parsed(written: str, gpus: int, mebibytes: int, gpu: str) -> None:
     plan = parse_cluster(written, 2)
-    assert (plan.gpus, plan.processes, plan.memory, plan.gpu) == (gpus, 2 * gpus, gibibytes * 1024**3, gpu)
+    assert (plan.gpus, plan.processes, plan.memory, plan.gpu) == (gpus, 2 * gpus, mebibytes * 1024**2, gpu)
     assert plan.assumed is (written == "4x80GB")
 
 
@@ -276,8 +278,21 @@ def test_a_plan_notes_what_it_cannot_count() -> None:
 
     galore = ("training.optim=galore_adamw", "training.optim_target_modules=all-linear")
     assert "training.optim: galore_adamw is counted as AdamW" in notes(JANUS, "8xH200", *galore)
-    split = "training.deepspeed in the recipe decides how the run is split"
-    assert split in notes(JANUS, "8xH200", "training.deepspeed=ds_configs/zero2.json")
+    split = plan_of(candidates_for(JANUS, "training.deepspeed=ds_configs/zero2.json"), "8xH200")
+    assert "training.deepspeed in the recipe would decide how the run is split" in " ".join(split.notes)
+    words = shlex.split(split.launch or "")
+    assert "training.deepspeed=null" in words
+    assert "training.deepspeed=ds_configs/zero2.json" not in words
+    assert load_recipe(JANUS, words[words.index("--recipe") + 2 :]).training["deepspeed"] is None
+    offloading = plan_of(candidates_for(JANUS, "training.activation_offloading=true"), "8xH200")
+    assert "training.activation_offloading=false" in (offloading.overrides or [])
+    assert {each.settings.offloaded for each in offloading.candidates} == {False}
+    assert {each.settings.offloaded for each in offloading.written} == {True}
+    assert "their transfers take no time" in " ".join(describe_plan(offloading))
+    evaluation = "write training.per_device_eval_batch_size=1"
+    assert evaluation in notes(JANUS, "8xH200", "training.per_device_eval_batch_size=64")
+    assert evaluation not in notes(JANUS, "8xH200", "training.per_device_eval_batch_size=1")
+    assert "evaluation is not planned" not in notes(JANUS, "8xH200", "training.eval_strategy=no")
     assert "paged_adamw_8bit may move" in notes(JANUS, "8xH200", "training.optim=paged_adamw_8bit")
 
 

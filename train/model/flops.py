@@ -40,8 +40,21 @@ FLOAT32_FLOPS = {  # float32, and TF32 tensor cores without sparsity (training.t
     "MI300X": (163.4e12, 653.7e12),
 }
 """FLOP/s of matrix products of float32 numbers, from the vendors' data sheets (half of TF32 with sparsity)."""
-MEMORY_GIB = {"GB200": 186, "H200": 141, "H100": 80, "H20": 96, "A6000": 48, "A10": 24, "L40S": 48, "L4": 24}
-"""Memory of GPUs that are sold in one size, from the vendors' data sheets."""
+MEMORY_MIB = {  # by the GB that a GPU is sold with; the first size of a GPU that is sold in one
+    ("GB200", 186): 189_471,
+    ("B200", 180): 183_359,
+    ("H200", 141): 143_771,
+    ("H100", 80): 81_559,
+    ("H20", 96): 97_871,
+    ("A100", 80): 81_251,  # 81,920 by older drivers
+    ("A100", 40): 40_960,
+    ("A6000", 48): 49_140,
+    ("A10", 24): 23_028,
+    ("L40S", 48): 46_068,
+    ("L4", 24): 23_034,
+}
+"""MiB of a GPU as nvidia-smi reports it: A100-40GB, A10, H100, L4 and L40S in modal-labs/modal-client#2797, the others
+in outputs that public repositories show. L4, A10 and L40S give a sixteenth of theirs to ECC."""
 DEFAULT_GPU, DEFAULT_MFU = "H100", 0.4
 """llm-foundry reaches 37 to 46 % with a 7B in full on 8 x H100 at 2,048 to 8,192 tokens (its benchmarking scripts)."""
 

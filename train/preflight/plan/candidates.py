@@ -207,7 +207,12 @@ class Candidates:
         key = (settings.strategy, settings.dtype, settings.optimizer, cluster.processes)
         if key not in self._states:
             state_settings = StateSettings(
-                cluster.processes, settings.optimizer, self._half, self._storage, self._double_quant
+                cluster.processes,
+                settings.optimizer,
+                self._half,
+                self._storage,
+                self._double_quant,
+                float16=bool(self.recipe.training.get("fp16")),
             )
             self._states[key] = count_state_bytes(self._shape_in(settings.dtype), settings.strategy, state_settings)
         return self._states[key]

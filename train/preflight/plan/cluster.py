@@ -4,7 +4,7 @@ import re
 from dataclasses import dataclass
 
 from train.errors import UserError
-from train.model.flops import DEFAULT_GPU, DEFAULT_MFU, MEMORY_GIB, PEAK_FLOPS
+from train.model.flops import DEFAULT_GPU, DEFAULT_MFU, MEMORY_MIB, PEAK_FLOPS
 
 RESERVE = 0.08
 """Share of a GPU left to the CUDA context, NCCL, kernels' workspaces and gaps between blocks: our own estimate."""
@@ -45,8 +45,9 @@ class Cluster:
 
 
 def parse_cluster(gpus: str, nodes: int | None = None, mfu: float | None = None) -> Cluster:
-    """Parse the GPUs of one node: `8x80GB`, `8xH100` or `8xA100-80GB`; a GB is 2^30 bytes, as GPUs are sold.
+    """Parse the GPUs of one node: `8x80GB`, `8xH100` or `8xA100-80GB`.
 
+    A named GPU has the memory that its driver reports; else a GB is 2^30 bytes.
     `nodes` defaults to 1, `mfu` to DEFAULT_MFU. Raises UserError for text that can't be parsed, an unknown GPU, and one
     that is sold in several sizes if none is given.
     """
@@ -57,7 +58,8 @@ def parse_cluster(gpus: str, nodes: int | None = None, mfu: float | None = None)
     name = (match[2] or "").upper()
     if name and name not in PEAK_FLOPS:
         raise UserError(f"--gpus: {match[2]} is not known. Known: {', '.join(PEAK_FLOPS)}; or write the size alone.")
-    size = int(match[3] or MEMORY_GIB.get(name, 0))
+    sizes = [size for gpu, size in MEMORY_MIB if gpu == name]
+    size = int(match[3] or (sizes[0] if len(sizes) == 1 else 0))
     if size < 1:
         raise UserError(f"--gpus: {name} comes in several sizes. Write which, such as {match[1]}x{name}-80GB.")
     if not 1 <= nodes * int(match[1]) <= MAX_GPUS:
@@ -65,4 +67,5 @@ def parse_cluster(gpus: str, nodes: int | None = None, mfu: float | None = None)
     if not 0 < mfu <= 1:
         raise UserError(f"--mfu: found {mfu}. Write a share of the GPU's peak, such as {DEFAULT_MFU}.")
     gpu = name or DEFAULT_GPU
-    return Cluster(int(match[1]), nodes, gpu, size * GIB, PEAK_FLOPS[gpu], not name, mfu)
+    memory = MEMORY_MIB.get((name, size), size * 1_024) * 2**20
+    return Cluster(int(match[1]), nodes, gpu, memory, PEAK_FLOPS[gpu], not name, mfu)

@@ -67,7 +67,7 @@ def can_be_planned(recipe: Recipe) -> bool:
 
 
 def read_strategy(config: Mapping[str, Any], recipe: Recipe) -> Strategy | None:
-    """Return the strategy of an accelerate configuration; None for one that can't be planned (FSDP)."""
+    """Return the strategy of an accelerate configuration; None for one that can't be planned (FSDP, ZeRO++'s hpZ)."""
     if recipe.training.get("deepspeed") or recipe.training.get("fsdp"):  # they decide, whatever it is launched with
         return None
     kind = str(config.get("distributed_type", "NO"))
@@ -78,6 +78,8 @@ def read_strategy(config: Mapping[str, Any], recipe: Recipe) -> Strategy | None:
         return None
     if file := deepspeed.get("deepspeed_config_file"):
         zero = json.loads(Path(file).read_text(encoding="utf-8")).get("zero_optimization", {})
+        if zero.get("zero_hpz_partition_size", 1) > 1:  # each node has a second copy of the 16-bit weights
+            return None
         stage, offload = zero.get("stage", 0), "offload_optimizer" in zero or "offload_param" in zero
     else:
         stage = int(deepspeed.get("zero_stage", 0))

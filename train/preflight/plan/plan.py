@@ -142,10 +142,16 @@ def launch_command(recipe: Recipe, candidate: Candidate, cluster: Cluster) -> st
         words.append("--main_process_port 29500")
     if cluster.nodes > 1 and strategy.stage:
         words.append("--deepspeed_multinode_launcher standard")
-    changed = {override.partition("=")[0] for override in candidate.overrides}
+    planned = [*candidate.overrides, *(f"training.{key}=null" for key in distribution_keys(recipe))]
+    changed = {override.partition("=")[0] for override in planned}
     own = [override for override in recipe._origin.overrides if override.partition("=")[0] not in changed]
-    words += ["train/sft.py --recipe", *map(shlex.quote, [recipe._origin.file, *own, *candidate.overrides])]
+    words += ["train/sft.py --recipe", *map(shlex.quote, [recipe._origin.file, *own, *planned])]
     return " ".join(words)
+
+
+def distribution_keys(recipe: Recipe) -> list[str]:
+    """Return the keys of `training` that decide how a run is split, in place of the launch configuration."""
+    return [key for key in ("deepspeed", "fsdp") if recipe.training.get(key)]
 
 
 def _notes(recipe: Recipe, settings: dict[str, Any], chosen: Candidate | None) -> list[str]:
@@ -159,13 +165,22 @@ def _notes(recipe: Recipe, settings: dict[str, Any], chosen: Candidate | None) -
     if offload and not runs_on_host(optimizer):
         notes.append(f"offload runs AdamW in float32 on the CPU, in place of {optimizer}")
     notes += [
-        f"training.{key} in the recipe decides how the run is split, whatever it is launched with: take it out, and "
-        "the launch configuration does"
-        for key in ("deepspeed", "fsdp")
-        if settings.get(key)
+        f"training.{key} in the recipe would decide how the run is split, whatever it is launched with: the command "
+        "takes it out"
+        for key in distribution_keys(recipe)
     ]
-    if settings.get("activation_offloading"):
-        notes.append("training.activation_offloading moves activations to the host's memory; counted as if it didn't")
+    if settings["activation_offloading"]:
+        notes.append(
+            "training.activation_offloading: the best settings are without it. As written, activations count as if "
+            "they stayed on the GPU, and their transfers take no time"
+        )
+    evaluated = settings["per_device_eval_batch_size"]
+    if settings["eval_strategy"] not in (None, "no") and chosen and evaluated > chosen.settings.batch:
+        notes.append(
+            f"evaluation is not planned: it computes {evaluated} sequences at once "
+            f"(training.per_device_eval_batch_size), without gradients, and training {chosen.settings.batch}. If it "
+            f"runs out of memory, write training.per_device_eval_batch_size={chosen.settings.batch}"
+        )
     if settings["label_smoothing_factor"] or settings.get("loss_type") not in (None, "nll"):
         notes.append("this loss may need all logits at once: the head takes more than is shown")
     return notes

@@ -31,7 +31,8 @@ class Settings:
     - `dtype`: of the loaded weights, `model.dtype`;
     - `checkpointing`: none, selective (attention outputs are kept) or full (layer inputs are kept);
     - `batch`, `accumulation`: sequences of a micro-batch, micro-batches of an optimizer step;
-    - `optimizer`: `training.optim`.
+    - `optimizer`: `training.optim`;
+    - `offloaded`: activations are moved to the host (`training.activation_offloading`), which the plan doesn't count.
     """
 
     strategy: Strategy
@@ -40,6 +41,7 @@ class Settings:
     batch: int
     accumulation: int
     optimizer: str
+    offloaded: bool = False
 
 
 def optimizer_name(recipe: Recipe) -> str:
@@ -75,6 +77,7 @@ def written_settings(recipe: Recipe, strategy: Strategy, optimizer: str | None =
         batch=settings["per_device_train_batch_size"],
         accumulation=settings["gradient_accumulation_steps"],
         optimizer="adamw_torch" if strategy.offload and not runs_on_host(optimizer) else optimizer,
+        offloaded=bool(settings["activation_offloading"]),
     )
 
 
@@ -120,6 +123,8 @@ def list_overrides(recipe: Recipe, settings: Settings) -> list[str]:
             changes.append((key, value))
     if settings.optimizer != optimizer_name(recipe):
         changes.append(("training.optim", settings.optimizer))
+    if settings.offloaded != bool(defaults["activation_offloading"]):
+        changes.append(("training.activation_offloading", settings.offloaded))
     return [f"{key}={str(value).lower() if isinstance(value, bool) else value}" for key, value in changes]
 
 

@@ -305,3 +305,23 @@ def test_a_plan_initializes_no_gpu() -> None:
 
 def test_load_config_needs_no_weights(tiny_model: Path, recipe_file: Callable[..., Path]) -> None:
     assert load_config(load_recipe(recipe_file()).model).hidden_size == 64
+
+
+def test_short_runs_and_gpus_that_cannot_share_a_sequence() -> None:
+    candidates = candidates_for(JANUS)
+
+    def plan(own: Candidates, gpus: str) -> RunPlan:
+        return plan_run(own, parse_cluster(gpus), JANUS_ROWS[:32], steps=1, epochs=1, sequences_per_step=32)
+
+    lines = describe_plan(plan(candidates, "64x80GB"))
+    hours = [line for line in lines if line.startswith("hours ")]
+    assert [len(line.split()) for line in hours] == [6, 6]  # a label and five columns
+    assert any("as of H100: --gpus names none" in line for line in lines)
+    assert any(re.match(r"0\.\d+ seconds \(0\.00\d+ GPU-hours\)", line) for line in lines)
+    shared = candidates_for(JANUS, "model.sequence_parallel=3")
+    uneven = plan(shared, "8xH100")
+    assert uneven.launch is None
+    assert uneven.best
+    assert "model.sequence_parallel: 3 does not divide the 8 processes" in " ".join(describe_plan(uneven))
+    assert not any("accelerate launch" in line for line in describe_plan(uneven))
+    assert plan(shared, "3xH100").launch

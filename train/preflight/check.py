@@ -19,6 +19,7 @@ from train.loop.checkpoint.manifest import Checkpoint
 from train.loop.checkpoint.resume import get_run_date
 from train.loop.master_weights import master_weights_error, master_weights_note, read_launch
 from train.loop.output_dir import unwritable_files
+from train.loop.sharding import sharding_error
 from train.model.tokenizer import check_vocabulary, load_chat_tokenizer
 from train.preflight.json_report import write_json
 from train.preflight.model_checks import checks_key, examine_model, passed_checks, remember_passed
@@ -57,7 +58,9 @@ def check(
     chat = load_chat_tokenizer(recipe.model, recipe.chat, get_run_date(checkpoint))
     check_vocabulary(chat.tokenizer, recipe.model, model.embeddings)
     launch = read_launch(recipe.training, os.environ)
-    master_weights = master_weights_error(recipe, model.dtype, launch) if launch else None
+    refusal = None
+    if launch:
+        refusal = master_weights_error(recipe, model.dtype, launch) or sharding_error(recipe, launch, 1)
     note = None if launch else master_weights_note(recipe, model.dtype)
     data = examine(recipe, chat.tokenizer)
 
@@ -73,7 +76,7 @@ def check(
         model.described(recipe),
         chat,
         data,
-        errors=[*filter(None, [master_weights]), *side_file_errors, *unwritable_files(recipe, model.side_files)],
+        errors=[*filter(None, [refusal]), *side_file_errors, *unwritable_files(recipe, model.side_files)],
         notes=[*model.notes, *filter(None, [note])],
         checkpoint=checkpoint.folder if checkpoint else None,
         finished=finished,

@@ -37,7 +37,7 @@ def describe_plan(plan: RunPlan) -> list[str]:
         *_totals(plan.written),
         "ckpt: gradient checkpointing; batch: sequences at a time x accumulation steps; total: the first five and the "
         f"largest of layer and head, or the first four and step; {RESERVE:.0%} of a GPU is left free; hours: by a "
-        "model that no GPU has confirmed",
+        f"model that no GPU has confirmed{f', as of {cluster.gpu}: --gpus names none' if cluster.assumed else ''}",
     ]
     lines += [
         f"{candidate.memory.strategy} refuses the recipe as written: {candidate.refusal}"
@@ -54,8 +54,8 @@ def describe_plan(plan: RunPlan) -> list[str]:
     attention = plan.attention_flops / max(plan.flops, 1)
     return [
         *lines,
-        f"{plan.steps:,} steps of {plan.sequences_per_step:,} sequences, {plan.tokens:,} tokens, {plan.flops:.3g} "
-        f"FLOPs, {attention:.1%} of them attention",
+        f"{plan.steps:,} step{'s' if plan.steps > 1 else ''} of {plan.sequences_per_step:,} sequences, "
+        f"{plan.tokens:,} tokens, {plan.flops:.3g} FLOPs, {attention:.1%} of them attention",
         f"counted: {plan.convention}",
         *plan.notes,
     ]
@@ -75,12 +75,13 @@ def _describe_best(plan: RunPlan, best: Candidate) -> list[str]:
     mfu = plan.flops / max(plan.hours * 3_600 * cluster.processes * cluster.peak_flops, 1e-9)
     parts = {"communication": seconds.communication, "memory traffic": seconds.traffic, "the host": seconds.host}
     offload = best.settings.strategy.offload
+    gpu_hours = f"{plan.gpu_hours:,.1f}" if plan.gpu_hours >= 1 else f"{plan.gpu_hours:.2g}"
     return [
         f"{'nothing fits without offload; with it' if offload else 'fastest that fits without offload'}: "
         f"{describe_settings(best)}; {_gib(best)} of {best.usable_memory / GIB:,.1f} GiB",
-        *_command(plan.launch or ""),
-        f"{_format_hours(plan.hours)} ({plan.gpu_hours:,.1f} GPU-hours), {mfu:.0%} MFU: {seconds.compute:,.3g} s of "
-        "computing a step"
+        *(_command(plan.launch) if plan.launch else ()),
+        f"{_format_hours(plan.hours)} ({gpu_hours} GPU-hours), {mfu:.0%} MFU: "
+        f"{seconds.compute:,.3g} s of computing a step"
         + "".join(f", {value:,.2g} s of {name}" for name, value in parts.items() if value)
         + f"; computing at {cluster.mfu:.0%} of {cluster.gpu}'s {cluster.peak_flops / 1e12:,.0f} TFLOP/s with full "
         "checkpointing (--mfu)",
@@ -144,10 +145,7 @@ def _totals(candidates: Sequence[Candidate]) -> list[str]:
 
 def _fit_and_hours(candidates: Sequence[Candidate]) -> list[str]:
     fits = "".join(f"{'yes' if candidate.fits else 'no':>8}" for candidate in candidates)
-    hours = "".join(
-        f"{f'{candidate.hours:,.0f}' if candidate.hours >= 100 else f'{candidate.hours:.3g}':>8}"
-        for candidate in candidates
-    )
+    hours = "".join(f"{_shorten(candidate.hours):>8}" for candidate in candidates)
     return [f"{'fits':<8}{fits}", f"{'hours':<8}{hours}"]
 
 
@@ -166,4 +164,11 @@ def _command(launch: str) -> list[str]:
 
 
 def _format_hours(hours: float) -> str:
-    return f"{hours:,.1f} hours" if hours >= 1 else f"{hours * 60:,.1f} minutes"
+    if hours >= 1:
+        return f"{hours:,.1f} hours"
+    return f"{hours * 60:,.1f} minutes" if hours >= 1 / 60 else f"{hours * 3_600:.2g} seconds"
+
+
+def _shorten(hours: float) -> str:
+    """Return a number of at most seven characters, which leaves a space between the columns."""
+    return f"{hours:,.0f}" if hours >= 100 else f"{hours:.3g}" if hours >= 0.01 else f"{hours:.2g}"

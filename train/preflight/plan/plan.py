@@ -28,6 +28,7 @@ from train.preflight.plan.memory import Strategy
 from train.preflight.plan.optimizer_states import KNOWN, is_paged, runs_on_host
 from train.preflight.plan.settings import optimizer_name
 from train.recipe import Recipe
+from train.recipe.schedule import sharing_error
 from train.recipe.sft_config import with_defaults
 
 
@@ -36,7 +37,8 @@ class RunPlan:
     """Memory in bytes on one GPU (`host`: a GPU's share of its node's), FLOPs and hours of the complete run.
 
     - `candidates`: the best settings of each strategy; `written`: the recipe as written under each;
-    - `chosen`, `config_file`, `overrides`, `launch`: the fastest candidate that fits; None where none fits;
+    - `chosen`, `config_file`, `overrides`, `launch`: the fastest candidate that fits; None where none fits; no `launch`
+      either where model.sequence_parallel doesn't divide the GPUs;
     - `hours`: of the chosen candidate; where none fits, at the MFU of full checkpointing alone;
     - `fewest_gpus`: with the recipe's optimizer, and with 8-bit Adam where that takes less;
     - `eight_bit`: the best candidate with 8-bit Adam on the GPU; None where none fits, or it takes no less.
@@ -97,6 +99,7 @@ def plan_run(
     optimizer = optimizer_name(recipe)
     optimizers = list_optimizers(optimizer)
     eight_bit = find_best(candidates, cluster, workload, EIGHT_BIT_ADAM) if EIGHT_BIT_ADAM in optimizers[1:] else []
+    unshared = sharing_error(recipe, cluster.processes)
     hours = chosen.hours if chosen else flops.total / (cluster.processes * cluster.peak_flops * cluster.mfu) / 3_600
     return RunPlan(
         cluster=cluster,
@@ -110,7 +113,7 @@ def plan_run(
         chosen=chosen.settings.strategy.name if chosen else None,
         config_file=config_file(chosen.settings.strategy, cluster) if chosen else None,
         overrides=chosen.overrides if chosen else None,
-        launch=launch_command(recipe, chosen, cluster) if chosen else None,
+        launch=launch_command(recipe, chosen, cluster) if chosen and not unshared else None,
         fewest_gpus=[find_fewest(candidates, cluster, name) for name in optimizers],
         eight_bit=choose([candidate for candidate in eight_bit if not candidate.settings.strategy.offload]),
         steps=steps,
@@ -122,7 +125,7 @@ def plan_run(
         hours=hours,
         gpu_hours=hours * cluster.processes,
         convention=CONVENTION,
-        notes=_notes(recipe, with_defaults(recipe.training), chosen),
+        notes=[*filter(None, [unshared]), *_notes(recipe, with_defaults(recipe.training), chosen)],
     )
 
 

@@ -7,7 +7,8 @@ A step's seconds are the sum of
 - traffic: bytes that casts, gradient sums and the optimizer move in the GPU's memory;
 - host: what offload moves through PCIe and computes on the CPU.
 
-Loading data, evaluation, saving and the loss of efficiency in micro-batches below some 8,192 tokens are not counted.
+Loading data, evaluation, saving, the dequantization of 4-bit weights and the loss of efficiency in micro-batches below
+some 8,192 tokens are not counted.
 """
 
 from dataclasses import dataclass

@@ -250,3 +250,22 @@ def test_float16_takes_the_bytes_of_bfloat16() -> None:
             half = traced
     assert half == traced
     assert half.kept > 0
+
+
+@pytest.mark.parametrize(
+    ("weights", "autocast", "attention"),
+    [("bfloat16", False, "sdpa"), ("float32", False, "eager"), ("float32", True, "eager")],
+)
+def test_an_evaluation_allocates_what_the_trace_says(weights: str, autocast: bool, attention: str) -> None:
+    """Forward alone: no layer keeps anything, but autocast its casts of all weights."""
+    sizes = {"vocab_size": 16, "hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 6}
+    config = LlamaConfig(**SIZES | sizes)
+    model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, weights), attn_implementation=attention)
+    add_fused_lm_head(model, outputs=("log_probs", "entropy", "is_top1"))
+    model.eval()
+    ids, positions = torch.zeros(1, 512, dtype=torch.long), torch.arange(256).repeat(2)[None]
+    with LiveBytes([*model.parameters()]) as live, torch.no_grad():
+        with torch.autocast("cpu", torch.bfloat16) if autocast else contextlib.nullcontext():
+            model(input_ids=ids, labels=ids, position_ids=positions, fused_lm_head=True, use_cache=False)
+    planned = tracer(config, attention).evaluation(weights=weights, autocast=autocast, tokens=512, longest=512)
+    assert planned == pytest.approx(live.peak, rel=0.03)

@@ -51,6 +51,7 @@ class _Setting(NamedTuple):
     autocast: bool
     checkpointing: Checkpointing
     adapter: str
+    training: bool = True
 
 
 @contextmanager
@@ -108,13 +109,21 @@ class ActivationTracer:
         Raises UserError for a model that can't be traced.
         """
         setting = self._setting(weights, autocast, checkpointing, adapter)
+        return _extrapolate(self._traced(setting, tokens, longest), self._layers)
+
+    def evaluation(self, *, weights: str, autocast: bool, tokens: int, longest: int, adapter: str = "float32") -> int:
+        """Return the most bytes that a batch of an evaluation allocates: forward alone, without gradients."""
+        setting = self._setting(weights, autocast, "none", adapter)._replace(training=False)
+        working, shift = _forward(trace := self._traced(setting, tokens, longest), self._layers)
+        return round(max(*working, trace["head forward"].max() + shift))
+
+    def _traced(self, setting: _Setting, tokens: int, longest: int) -> _Trace:
         with planning(self._recipe.model.name_or_path, "tracing a step of it"):
-            self._classify(weights)
+            self._classify(setting.weights)
             if is_flash(self._kernel):
-                trace = self._interpolated(setting, tokens) or self._trace(setting, tokens, 1)
-            else:  # without packing rows are padded to the longest
-                trace = self._trace(setting, tokens, 1 if self._recipe.data.packing else max(1, tokens // longest))
-            return _extrapolate(trace, self._layers)
+                return self._interpolated(setting, tokens) or self._trace(setting, tokens, 1)
+            # without packing rows are padded to the longest
+            return self._trace(setting, tokens, 1 if self._recipe.data.packing else max(1, tokens // longest))
 
     def trace_all_layers(
         self, *, weights: str, autocast: bool, checkpointing: Checkpointing, tokens: int, adapter: str = "float32"
@@ -168,6 +177,7 @@ class ActivationTracer:
         prepared = prepare_training(
             model, self._recipe, checkpointing=setting.checkpointing, adapter=getattr(torch, setting.adapter)
         )
+        prepared.train(setting.training)
         with fake_tensors(prepared):
             return trace_step(
                 model,
@@ -197,19 +207,13 @@ def _extrapolate(trace: _Trace, layers: LayerKinds | None) -> Activations:
     """
     start = {name: float(live[0]) for name, live in trace.items()}
     highest = {name: float(live.max()) for name, live in trace.items()}
-    working = [highest["begin"], highest.get("end", 0.0)]
-    forward_shift = backward_shift = 0.0
+    working, forward_shift = _forward(trace, layers)
+    working.append(highest.get("end", 0.0))
+    backward_shift = 0.0
     if layers is None or len(layers.traced) == len(layers.kinds):
-        working += [highest[name] for name in trace if "head" not in name]
+        working += [highest[name] for name in trace if name.startswith("backward")]
     else:
         last, representatives, latest = len(layers.traced) - 1, layers.representatives(), layers.latest()
-        level = start["forward 0"]
-        for layer, place in enumerate(representatives):
-            here = f"forward {place}"
-            working.append(highest[here] - start[here] + level)
-            if layer < len(representatives) - 1:
-                level += start[f"forward {place + 1}"] - start[here]
-        forward_shift = level - start[f"forward {last}"]
         if "backward 1" in trace:  # else no gradient reaches the layers
             level = start["backward 1"]
             for layer, place in enumerate(representatives):
@@ -224,3 +228,21 @@ def _extrapolate(trace: _Trace, layers: LayerKinds | None) -> Activations:
     kept = start["head backward"] + backward_shift
     head = max(highest.get("head forward", 0.0) + forward_shift, highest["head backward"] + backward_shift)
     return Activations(round(kept), round(max(0.0, max(working) - kept)), round(max(0.0, head - kept)))
+
+
+def _forward(trace: _Trace, layers: LayerKinds | None) -> tuple[list[float], float]:
+    """Return the highest bytes of the embedding and of each layer's forward pass, and what layers without a trace add
+    to the head's."""
+    start = {name: float(live[0]) for name, live in trace.items()}
+    highest = {name: float(live.max()) for name, live in trace.items()}
+    working = [highest["begin"]]
+    if layers is None or len(layers.traced) == len(layers.kinds):
+        return [*working, *(highest[name] for name in trace if name.startswith("forward"))], 0.0
+    last, representatives = len(layers.traced) - 1, layers.representatives()
+    level = start["forward 0"]
+    for layer, place in enumerate(representatives):
+        here = f"forward {place}"
+        working.append(highest[here] - start[here] + level)
+        if layer < len(representatives) - 1:
+            level += start[f"forward {place + 1}"] - start[here]
+    return working, level - start[f"forward {last}"]

@@ -103,6 +103,8 @@ def trace_step(
 ) -> list[Segment]:
     """Trace the forward and backward pass of the second micro-batch of a step: gradients exist.
 
+    A model in evaluation mode is traced as a batch of an evaluation: forward alone, and without gradients.
+
     Args:
         model: causal language model on fake tensors.
         layers: its decoder layers.
@@ -111,7 +113,8 @@ def trace_step(
 
     Returns:
         list: the segments in their order: `begin`, `forward N` of each layer, `head forward`, `head backward`,
-            `backward N` of each layer, `end`. Those of gradients that don't exist (LoRA's first layer) are missing.
+            `backward N` of each layer, `end`. Those of gradients that don't exist (LoRA's first layer, evaluation) are
+            missing.
     """
     weights = list(model.parameters())
     for weight in weights:
@@ -120,10 +123,14 @@ def trace_step(
     log = AllocationLog([*existing, *(value for value in inputs.values() if isinstance(value, torch.Tensor))])
     with _marked(layers, log), log:
         log.begin("begin")
-        with torch.autocast("cpu", autocast) if autocast else contextlib.nullcontext():
+        with (
+            torch.set_grad_enabled(model.training),
+            torch.autocast("cpu", autocast) if autocast else contextlib.nullcontext(),
+        ):
             loss = _loss(model, log, inputs)
-        log.begin("head backward")
-        loss.backward()
+        if model.training:
+            log.begin("head backward")
+            loss.backward()
     return log.segments
 
 

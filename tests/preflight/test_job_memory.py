@@ -66,6 +66,11 @@ def test_suggested_settings_fit(
 def test_a_job_that_fits_and_one_that_fits_nowhere(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     assert warning([], "8xH100", 1, "accelerate_configs/zero3.yaml") is None
+    evaluation = warning(["training.per_device_eval_batch_size=512"], "8xH100", 1, "accelerate_configs/zero3.yaml")
+    assert evaluation is not None
+    size = re.search(r"runs out of memory in its first evaluation\. Write (training\.\w+=\d+)\.$", evaluation)
+    assert size
+    assert warning([size[1]], "8xH100", 1, "accelerate_configs/zero3.yaml") is None
     message = warning([], "8x6GB", 1, "accelerate_configs/zero3.yaml")
     assert message is not None
     assert "What fits" not in message

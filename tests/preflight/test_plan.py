@@ -289,10 +289,20 @@ def test_a_plan_notes_what_it_cannot_count() -> None:
     assert {each.settings.offloaded for each in offloading.candidates} == {False}
     assert {each.settings.offloaded for each in offloading.written} == {True}
     assert "their transfers take no time" in " ".join(describe_plan(offloading))
-    evaluation = "write training.per_device_eval_batch_size=1"
-    assert evaluation in notes(JANUS, "8xH200", "training.per_device_eval_batch_size=64")
-    assert evaluation not in notes(JANUS, "8xH200", "training.per_device_eval_batch_size=1")
-    assert "evaluation is not planned" not in notes(JANUS, "8xH200", "training.eval_strategy=no")
+    long = plan_of(candidates_for(JANUS, "training.per_device_eval_batch_size=512"), "8xH200")
+    size = int(re.search(r"training\.per_device_eval_batch_size=(\d+)$", (long.overrides or [])[-1])[1])  # type: ignore[index]
+    assert (
+        f"an evaluation of 512 sequences at once (training.per_device_eval_batch_size) does not fit: the command has {size}"
+        in long.notes[-1]
+    )
+    for written, changed in (
+        (f"per_device_eval_batch_size={size}", False),
+        (f"per_device_eval_batch_size={2 * size}", True),
+    ):
+        again = plan_of(candidates_for(JANUS, f"training.{written}"), "8xH200")
+        assert any("eval" in override for override in again.overrides or []) is changed
+    unseen = candidates_for(JANUS, "training.per_device_eval_batch_size=512", "training.eval_strategy=no")
+    assert plan_of(unseen, "8xH200").notes == []
     assert "paged_adamw_8bit may move" in notes(JANUS, "8xH200", "training.optim=paged_adamw_8bit")
 
 

@@ -264,8 +264,8 @@ def test_an_evaluation_allocates_what_the_trace_says(weights: str, autocast: boo
     add_fused_lm_head(model, outputs=("log_probs", "entropy", "is_top1"))
     model.eval()
     ids, positions = torch.zeros(1, 512, dtype=torch.long), torch.arange(256).repeat(2)[None]
-    with LiveBytes([*model.parameters()]) as live, torch.no_grad():
-        with torch.autocast("cpu", torch.bfloat16) if autocast else contextlib.nullcontext():
-            model(input_ids=ids, labels=ids, position_ids=positions, fused_lm_head=True, use_cache=False)
+    half = torch.autocast("cpu", torch.bfloat16) if autocast else contextlib.nullcontext()
+    with LiveBytes([*model.parameters()]) as live, torch.no_grad(), half:
+        model(input_ids=ids, labels=ids, position_ids=positions, fused_lm_head=True, use_cache=False)
     planned = tracer(config, attention).evaluation(weights=weights, autocast=autocast, tokens=512, longest=512)
     assert planned == pytest.approx(live.peak, rel=0.03)

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import TypedDict
 
 from transformers import PreTrainedConfig
 
@@ -35,6 +36,7 @@ from train.preflight.plan.settings import (
 from train.preflight.plan.speed import StepSeconds, estimate_step
 from train.preflight.plan.traced_model import planned_attention
 from train.recipe import Recipe
+from train.recipe.sft_config import with_defaults
 
 EIGHT_BIT_ADAM = "adamw_bnb_8bit"
 MAX_NODES = 64
@@ -88,6 +90,12 @@ class FewestGpus:
     gpus: int | None
     nodes: int | None
     strategy: str | None
+
+
+class _Dtypes(TypedDict):
+    weights: str
+    autocast: bool
+    adapter: str
 
 
 class Candidates:
@@ -222,19 +230,45 @@ class Candidates:
         for strategy in (DDP, STRATEGIES[-1]):
             self._activations(self.leanest(self.list(strategy)))
 
+    def evaluation_batch(self, settings: Settings, cluster: Cluster) -> int | None:
+        """Return the `per_device_eval_batch_size` to write so that evaluation fits; None where the recipe's does."""
+        training = with_defaults(self.recipe.training)
+        if training["eval_strategy"] in (None, "no"):
+            return None
+        states = self._count_states(settings, cluster)
+        held = states.parameters + states.gradients + states.optimizer + states.communication
+        written = batch = training["per_device_eval_batch_size"]
+        length = self._own_length
+        while batch > 1:
+            needed = self.tracer.evaluation(**self._dtypes(settings), tokens=batch * length, longest=length)
+            if held + needed <= cluster.usable_memory:
+                break
+            batch //= 2
+        return batch if batch != written else None
+
+    @property
+    def _own_length(self) -> int:
+        """Tokens of the longest sequence on each of the GPUs that share it."""
+        return -(-self.length // self.recipe.model.sequence_parallel)
+
     def _activations(self, settings: Settings) -> Activations:
-        """Trace them: DeepSpeed casts all weights to 16 bits; without it autocast does where they are used."""
-        length = -(-self.length // self.recipe.model.sequence_parallel)  # on each GPU that shares a sequence
-        sharded = settings.strategy.stage > 0
-        loaded = "bfloat16" if has_16_bit_weights(self._shape_in(settings.dtype)) else "float32"
+        length = self._own_length
         return self.tracer.activations(
-            weights=("bfloat16" if self._half else "float32") if sharded else loaded,
-            autocast=self._half and not sharded,
+            **self._dtypes(settings),
             checkpointing=settings.checkpointing,
             tokens=settings.batch * length,
             longest=length,
-            adapter="bfloat16" if sharded and self._half else "float32",
         )
+
+    def _dtypes(self, settings: Settings) -> _Dtypes:
+        """Return the types to trace: DeepSpeed casts all weights to 16 bits; without it autocast does in their use."""
+        sharded = settings.strategy.stage > 0
+        loaded = "bfloat16" if has_16_bit_weights(self._shape_in(settings.dtype)) else "float32"
+        return {
+            "weights": ("bfloat16" if self._half else "float32") if sharded else loaded,
+            "autocast": self._half and not sharded,
+            "adapter": "bfloat16" if sharded and self._half else "float32",
+        }
 
 
 def list_strategies(cluster: Cluster) -> list[Strategy]:

@@ -88,11 +88,17 @@ def read_strategy(config: Mapping[str, Any], recipe: Recipe) -> Strategy | None:
 
 
 def memory_warning(candidates: Candidates, cluster: Cluster, strategy: Strategy, launched: str) -> str | None:
-    """Return a paragraph on what doesn't fit and what would; None if the job fits as launched."""
+    """Return a paragraph on what doesn't fit and what would; None if the job fits as launched, evaluation included."""
     recipe = candidates.recipe
-    memory = candidates.memory(written_settings(recipe, strategy), cluster)
+    written = written_settings(recipe, strategy)
+    memory = candidates.memory(written, cluster)
     if memory.total <= cluster.usable_memory:
-        return None
+        if (evaluated := candidates.evaluation_batch(written, cluster)) is None:
+            return None
+        return (
+            "the plan says that this job trains and runs out of memory in its first evaluation. Write "
+            f"training.per_device_eval_batch_size={evaluated}."
+        )
     ways = list(dict.fromkeys(_list_ways(candidates, cluster, strategy)))
     remedy = f"What fits: {'; or '.join(ways)}." if ways else "Write a smaller data.max_length, or train an adapter."
     if any(way.startswith("--nodes") for way in ways):

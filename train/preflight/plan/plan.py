@@ -4,7 +4,7 @@ They follow from the recipe, the model's config and the lengths of the rows; no 
 """
 
 import shlex
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -96,6 +96,11 @@ def plan_run(
     workload = Workload(steps, Flops(flops.parameters / max(steps, 1), flops.attention / max(steps, 1)))
     best = find_best(candidates, cluster, workload)
     chosen = choose(best)
+    evaluated = candidates.evaluation_batch(chosen.settings, cluster) if chosen else None
+    if chosen:
+        more = [f"training.{key}=null" for key in distribution_keys(recipe)]
+        more += [f"training.per_device_eval_batch_size={evaluated}"] if evaluated else []
+        chosen = replace(chosen, overrides=[*chosen.overrides, *more])
     optimizer = optimizer_name(recipe)
     optimizers = list_optimizers(optimizer)
     eight_bit = find_best(candidates, cluster, workload, EIGHT_BIT_ADAM) if EIGHT_BIT_ADAM in optimizers[1:] else []
@@ -125,7 +130,7 @@ def plan_run(
         hours=hours,
         gpu_hours=hours * cluster.processes,
         convention=CONVENTION,
-        notes=[*filter(None, [unshared]), *_notes(recipe, with_defaults(recipe.training), chosen)],
+        notes=[*filter(None, [unshared]), *_notes(recipe, with_defaults(recipe.training), chosen, evaluated)],
     )
 
 
@@ -145,10 +150,9 @@ def launch_command(recipe: Recipe, candidate: Candidate, cluster: Cluster) -> st
         words.append("--main_process_port 29500")
     if cluster.nodes > 1 and strategy.stage:
         words.append("--deepspeed_multinode_launcher standard")
-    planned = [*candidate.overrides, *(f"training.{key}=null" for key in distribution_keys(recipe))]
-    changed = {override.partition("=")[0] for override in planned}
+    changed = {override.partition("=")[0] for override in candidate.overrides}
     own = [override for override in recipe._origin.overrides if override.partition("=")[0] not in changed]
-    words += ["train/sft.py --recipe", *map(shlex.quote, [recipe._origin.file, *own, *planned])]
+    words += ["train/sft.py --recipe", *map(shlex.quote, [recipe._origin.file, *own, *candidate.overrides])]
     return " ".join(words)
 
 
@@ -157,7 +161,7 @@ def distribution_keys(recipe: Recipe) -> list[str]:
     return [key for key in ("deepspeed", "fsdp") if recipe.training.get(key)]
 
 
-def _notes(recipe: Recipe, settings: dict[str, Any], chosen: Candidate | None) -> list[str]:
+def _notes(recipe: Recipe, settings: dict[str, Any], chosen: Candidate | None, evaluated: int | None) -> list[str]:
     """Return sentences on the limits of the plan's figures for this recipe."""
     optimizer, offload = optimizer_name(recipe), bool(chosen and chosen.settings.strategy.offload)
     notes = []
@@ -177,12 +181,10 @@ def _notes(recipe: Recipe, settings: dict[str, Any], chosen: Candidate | None) -
             "training.activation_offloading: the best settings are without it. As written, activations count as if "
             "they stayed on the GPU, and their transfers take no time"
         )
-    evaluated = settings["per_device_eval_batch_size"]
-    if settings["eval_strategy"] not in (None, "no") and chosen and evaluated > chosen.settings.batch:
+    if evaluated:
         notes.append(
-            f"evaluation is not planned: it computes {evaluated} sequences at once "
-            f"(training.per_device_eval_batch_size), without gradients, and training {chosen.settings.batch}. If it "
-            f"runs out of memory, write training.per_device_eval_batch_size={chosen.settings.batch}"
+            f"an evaluation of {settings['per_device_eval_batch_size']} sequences at once "
+            f"(training.per_device_eval_batch_size) does not fit: the command has {evaluated}"
         )
     if settings["label_smoothing_factor"] or settings.get("loss_type") not in (None, "nll"):
         notes.append("this loss may need all logits at once: the head takes more than is shown")

@@ -52,9 +52,15 @@ def describe_plan(plan: RunPlan) -> list[str]:
     lines += _describe_best(plan, best) if best else _describe_misfit(plan)
     lines += _describe_fewest(plan)
     attention = plan.attention_flops / max(plan.flops, 1)
+    per_gpu, rest = divmod(plan.sequences_per_step, cluster.processes)
+    each_gpu = (
+        f" (the recipe's {per_gpu:,} on each of {cluster.processes:,} GPUs)"
+        if cluster.processes > 1 and not rest
+        else ""
+    )
     return [
         *lines,
-        f"{plan.steps:,} step{'s' if plan.steps > 1 else ''} of {plan.sequences_per_step:,} sequences, "
+        f"{plan.steps:,} step{'s' if plan.steps > 1 else ''} of {plan.sequences_per_step:,} sequences{each_gpu}, "
         f"{plan.tokens:,} tokens, {plan.flops:.3g} FLOPs, {attention:.1%} of them attention",
         f"counted: {plan.convention}",
         *plan.notes,

@@ -14,6 +14,7 @@ import yaml
 from slurm.batch_script import ROOT, Task, resume_options
 from train.errors import UserError
 from train.preflight.missing_files import check_files_exist
+from train.ranks import hpz_error, parallelism_error
 from train.recipe import Recipe
 
 
@@ -35,7 +36,25 @@ def check_launch(options: argparse.Namespace) -> dict[str, Any]:
             f"--config: {options.config} names {deepspeed}, which does not exist in {Path.cwd()}. Submit from the "
             f"folder that contains it ({ROOT})."
         )
+    if mismatch := _sharding_error(options, config):
+        raise UserError(f"--config: {options.config}: {mismatch}")
     return dict(config)
+
+
+def _sharding_error(options: argparse.Namespace, config: dict[str, Any]) -> str | None:
+    """Return an error if the configuration divides weights between nodes as this job has none; else None."""
+    of_a_node = max(options.gpus, 1)
+    environment = {"WORLD_SIZE": str(options.nodes * of_a_node), "LOCAL_WORLD_SIZE": str(of_a_node)}
+    if sizes := config.get("parallelism_config"):
+        environment["ACCELERATE_USE_PARALLELISM_CONFIG"] = "true"
+        environment |= {key.upper(): str(size) for key, size in sizes.items()}
+    from train.loop.master_weights import read_launch_configuration  # imports torch
+
+    deepspeed = read_launch_configuration({}, config).deepspeed or {}
+    hpz = (deepspeed.get("zero_optimization") or {}).get("zero_hpz_partition_size") or 1
+    if options.nodes == 1 and hpz > 1:
+        return "it keeps a second copy of the weights on each node (hpZ), which is for several. Use zero3.yaml."
+    return parallelism_error(environment) or hpz_error(deepspeed, environment)
 
 
 def check_task(options: argparse.Namespace, config: dict[str, Any], task: Task) -> None:

@@ -287,6 +287,37 @@ def test_errors_in_the_command_line_name_the_option_and_the_allowed_values(
     assert message in refused(recipe_file(), *arguments)
 
 
+HSDP, HPZ = (("--config", f"accelerate_configs/{name}_multinode.yaml") for name in ("hsdp", "zero3_hpz"))
+
+
+@pytest.mark.parametrize(
+    ("nodes", "gpus", "config", "message"),
+    [
+        (1, 8, HSDP, "number of processes (8). Launch one node with accelerate_configs/fsdp2.yaml."),
+        (2, 4, HSDP, "number of processes (8). In a copy of the file, write 2 (nodes) and 4 (processes of a node)."),
+        (4, 8, HSDP, "number of processes (32). In a copy of the file, write 4 (nodes) and 8 "),
+        (3, 4, HPZ, "zero_hpz_partition_size: 8`, which doesn't divide the 4 processes of a node. Write 4 in a copy "),
+        (2, 4, HPZ, "zero_hpz_partition_size: 8`, which doesn't divide the 4 processes of a node. Write 4 in a copy "),
+        (1, 8, HPZ, "keeps a second copy of the weights on each node (hpZ), which is for several. Use zero3.yaml."),
+    ],
+)
+def test_sharding_within_nodes_must_fit_the_nodes_of_the_job(
+    nodes: int, gpus: int, config: tuple[str, str], message: str, refused: Callable[..., str],
+    recipe_file: Callable[..., Path],
+) -> None:  # fmt: skip
+    job = ("--nodes", str(nodes), "--gpus-per-node", str(gpus), "--time", "24:00:00", *config)
+    error = refused(recipe_file(), *job, "training.optim=adamw_torch_fused")
+    assert error.startswith(f"--config: {config[1]}: ")
+    assert message in " ".join(error.split())
+
+
+@pytest.mark.parametrize("config", [HSDP, HPZ])
+def test_sharding_within_nodes_is_submitted_for_its_nodes(
+    config: tuple[str, str], printed: Callable[..., str], recipe_file: Callable[..., Path]
+) -> None:
+    assert printed(recipe_file(), *TWO_NODES, *config, "training.optim=adamw_torch_fused")
+
+
 def test_full_fine_tuning_of_16_bit_weights_is_refused_where_nothing_keeps_float32_copies(
     refused: Callable[..., str], printed: Callable[..., str], recipe_file: Callable[..., Path]
 ) -> None:

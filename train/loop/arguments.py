@@ -16,7 +16,7 @@ from train.loop.fsdp import check_tied_modules, configure_fsdp2, is_fsdp2
 from train.loop.tracking import tracker_names
 from train.model.load import load_config
 from train.model.text_part import build_meta_model
-from train.ranks import deepspeed_launch_error, parallelism_error, world_size
+from train.ranks import deepspeed_launch_error, hpz_error, parallelism_error, world_size
 from train.recipe import Recipe
 from train.storage.transfer_time import longest_transfer
 
@@ -105,13 +105,8 @@ def check_sharding(recipe: Recipe, arguments: SFTConfig) -> None:
                 f"the DeepSpeed configuration lacks `zero_optimization.{key}: true`, so a save would hold DeepSpeed's "
                 "partitions and no model. Add it, or launch with accelerate_configs/zero3.yaml."
             )
-        key = "zero_hpz_partition_size"
-        nodes_share = min(deepspeed.get_value(f"zero_optimization.{key}") or 1, world_size())
-        if world_size() % nodes_share:
-            raise UserError(
-                f"the DeepSpeed configuration has `zero_optimization.{key}: {nodes_share}`, which doesn't divide the "
-                f"{world_size()} processes. Write the number of GPUs of a node."
-            )
+        if error := hpz_error(deepspeed.config, os.environ):
+            raise UserError(error)
         selective = (arguments.gradient_checkpointing_kwargs or {}).get("selective")
         if recipe.adapter is not None and arguments.gradient_checkpointing and selective:
             raise UserError(

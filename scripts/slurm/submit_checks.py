@@ -69,27 +69,23 @@ def check_task(options: argparse.Namespace, config: dict[str, Any], task: Task) 
 
 
 def _check_recipe(recipe: Recipe, config: dict[str, Any], processes: int, resume_anyway: list[str]) -> None:
-    check_files_exist(recipe)
-    import torch
-
+    check_files_exist(recipe, packages=False)
     from train.loop.master_weights import master_weights_error, read_launch_configuration
-    from train.loop.optimizer_test import check_optimizer
     from train.model.folder import check_model_folder
-    from train.model.load import check_model
     from train.model.tokenizer import check_vocabulary, load_chat_tokenizer
     from train.preflight.checks import find_run_errors
+    from train.preflight.model_checks import examine_model
 
     if errors := find_run_errors(recipe, 0, processes):
         raise UserError(" ".join(errors))
     _check_checkpoint(recipe, resume_anyway)
     check_model_folder(recipe.model)
-    # A login node has no GPU to test attention kernels on: the nodes test them before they load the model.
-    any_attention = recipe.model.model_copy(update={"attention": "auto"})
-    checked = check_model(recipe if torch.cuda.is_available() else recipe.model_copy(update={"model": any_attention}))
+    checked = examine_model(recipe, elsewhere=True)
+    for note in checked.notes:
+        print(f"note: {note}", file=sys.stderr)
     launch = read_launch_configuration(recipe.training, config)
     if error := master_weights_error(recipe, checked.dtype, launch):
         raise UserError(error)
-    check_optimizer(recipe)
     check_vocabulary(load_chat_tokenizer(recipe.model, recipe.chat).tokenizer, recipe.model, checked.embeddings)
 
 
@@ -150,6 +146,6 @@ def run_data_check(options: argparse.Namespace, task: Task) -> int:
 
     gpus = parse_gpu_names(options.gpu_names, options.gpus)
     command = [sys.executable, str(ROOT / "train" / "sft.py"), "--recipe", str(options.recipe), "--check"]
-    command += resume_options(options.resume_anyway)
+    command += ["--elsewhere", *resume_options(options.resume_anyway)]
     command += ["--gpus", gpus, "--nodes", str(options.nodes)] if gpus and open_candidates(task.recipe) else []
     return subprocess.run([*command, *task.overrides], stdout=sys.stderr, check=False).returncode

@@ -1,6 +1,7 @@
 """scripts/submit.py without Slurm: its errors and the batch script that --print shows."""
 
 import json
+import os
 import re
 import shlex
 import shutil
@@ -371,3 +372,21 @@ def test_the_job_has_growing_memory_segments_unless_the_user_set_the_allocator(
     command = ["bash", "-uc", f'{lines}\n"{sys.executable}" -c "{show}"']
     ended = subprocess.run(command, env=own, capture_output=True, text=True, check=True)
     assert ended.stdout.strip() == str(expected)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+@pytest.mark.parametrize("check", [(), ("--check",)], ids=["", "check"])
+def test_what_only_the_nodes_have_is_a_note(
+    check: tuple[str, ...], recipe_file: Callable[..., Path], tmp_path: Path
+) -> None:
+    """A process of its own: train/sft.py writes to its standard error."""
+    arguments = [*ONE_NODE, "--print", *check, "model.attention=torch_varlen", "training.optim=grokadamw"]
+    recipe = recipe_file(training={"bf16": True, "max_steps": 4, "num_train_epochs": ...})
+    ended = subprocess.run(
+        [sys.executable, ROOT / "scripts" / "submit.py", "--recipe", recipe, *arguments],
+        cwd=ROOT, env=os.environ | {"COLUMNS": "200"}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.startswith("#!/bin/bash")
+    assert "not checked on this machine: model.attention: torch_varlen needs a CUDA device" in ended.stderr
+    assert "not checked on this machine: training.optim: grokadamw needs the package grokadamw" in ended.stderr

@@ -24,6 +24,7 @@ from train.loop.checkpoint.resume import (
 from train.loop.checkpoint.resumed_settings import ResumedSettings
 from train.loop.checkpoint.trainer_state import optimizer_distribution
 from train.loop.finished_run import inputs_fingerprint
+from train.loop.fsdp import check_in_force
 from train.loop.master_weights import Launch, master_weights_error, read_launch
 from train.loop.metrics_log import StepLog
 from train.loop.output_dir import claim_output_dir, lock_output_dir
@@ -94,6 +95,7 @@ def finetune(recipe: Recipe, checkpoint: Checkpoint | None = None, resume_anyway
             trainer = JanusTrainer(
                 recipe, arguments, model, tokenizer, data, [step_log], preemption=preemption, gain=gain, about=facts
             )
+            check_in_force(arguments, trainer.accelerator)
             screen = start_screen(
                 described, template, data, trainer.model, arguments, describe_gain(gain),
                 model_notes=checked.notes, width=Console().width,

@@ -91,8 +91,8 @@ def single_process_warning(environment: Mapping[str, str]) -> str | None:
         return None
     return (
         "accelerate launch was asked for several processes and started only this one: distributed_type NO and "
-        "MULTI_CPU start a single process. For several, with or without GPUs: --config_file "
-        "accelerate_configs/ddp.yaml --num_processes N."
+        "MULTI_CPU start a single process, and so does --cpu. For several, with or without GPUs: --config_file "
+        "accelerate_configs/ddp.yaml --num_processes N, without --cpu."
     )
 
 

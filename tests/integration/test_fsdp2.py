@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from train.errors import UserError
 from train.loop.arguments import training_arguments
 from train.recipe import load_recipe
+from train.sft import main
 
 STEPS = 4
 SAVED_AT = 2
@@ -277,6 +278,15 @@ def test_a_trained_copy_of_a_tied_layer_is_refused(
         training_arguments(load_recipe(recipe_file(adapter=adapter)))
     training_arguments(load_recipe(recipe_file(adapter=adapter, model={"name_or_path": str(untied_model)})))
     training_arguments(load_recipe(recipe_file(adapter={"r": 2, "modules_to_save": ["norm"]})))
+
+
+@pytest.mark.usefixtures("launched_by_fsdp2")
+def test_a_run_that_accelerate_does_not_shard_is_refused(
+    recipe_file: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It ignores FSDP on a CPU, and each process would have all weights."""
+    assert main(["--recipe", str(recipe_file(training={"max_steps": 1, "num_train_epochs": ...}))]) == 2
+    assert "error: FSDP: accelerate shards on GPUs only" in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("launched_by_fsdp2")

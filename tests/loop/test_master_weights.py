@@ -161,6 +161,25 @@ def test_who_keeps_masters(
     assert master_weights_error(adapter, "bfloat16", launch) is None
 
 
+@pytest.mark.parametrize(
+    ("dtype", "quantized", "refused"), [("bfloat16", False, True), ("float32", False, False), ("float32", True, True)]
+)
+def test_copies_that_an_adapter_trains_in_full_need_masters(
+    dtype: str, quantized: bool, refused: bool, recipe_file: Callable[..., Path]
+) -> None:
+    """TRL casts all that is trained on quantized weights to bfloat16."""
+    adapter = {"r": 2, "modules_to_save": ["embed_tokens"]}
+    overrides = [f"model.dtype={dtype}", *(["quantization={}"] if quantized else [])]
+    recipe = load_recipe(recipe_file(adapter=adapter, training={"bf16": True}), overrides)
+    error = master_weights_error(recipe, dtype, Launch())
+    assert (error is not None) == refused
+    assert error is None or error.startswith("adapter.modules_to_save: training copies of embed_tokens in bfloat16")
+    assert error is None or ("`model.dtype: float32`" in error) != quantized
+    assert master_weights_error(recipe, dtype, Launch({"zero_optimization": {"stage": 2}})) is None
+    allowed = load_recipe(recipe_file(adapter=adapter), [*overrides, "model.allow_16bit_training=true"])
+    assert master_weights_error(allowed, dtype, Launch()) is None
+
+
 def test_the_recipe_may_name_the_distribution(tmp_path: Path) -> None:
     content = {"zero_optimization": {"stage": 2}}
     (tmp_path / "ds.json").write_text(json.dumps(content))

@@ -97,6 +97,10 @@ FAULTS = {
         {"model": {"sequence_parallel": 2, "attention": "eager"}},
         ["model.sequence_parallel does not support the attention kernel eager"],
     ),
+    "a loss of each process": (
+        {"model": {"sequence_parallel": 2}, "training": {"average_tokens_across_devices": False}},
+        ["model.sequence_parallel: ", "training.average_tokens_across_devices"],
+    ),
     "noise that depends on a sequence's length": (
         {"model": {"sequence_parallel": 2}, "training": {"neftune_noise_alpha": 5.0}},
         ["model.sequence_parallel: ", "training.neftune_noise_alpha"],

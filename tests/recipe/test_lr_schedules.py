@@ -176,6 +176,7 @@ REFUSED: dict[str, tuple[dict[str, Any], list[str]]] = {
         for key in keys
     },
     "batches of all processes": ({"accelerator_config": {"split_batches": True}}, ["split_batches is true"]),
+    "batches of the first process": ({"accelerator_config": {"dispatch_batches": True}}, ["dispatch_batches is true"]),
 }  # fmt: skip
 
 

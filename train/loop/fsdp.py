@@ -5,6 +5,8 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from trl import SFTConfig
 
@@ -19,6 +21,16 @@ def is_fsdp2(arguments: SFTConfig, environment: Mapping[str, str] = os.environ) 
     if arguments.fsdp:
         return (arguments.fsdp_plugin_args or {}).get("fsdp_version") == 2
     return environment.get("ACCELERATE_USE_FSDP", "false").lower() == "true" and environment.get("FSDP_VERSION") == "2"
+
+
+def check_in_force(arguments: SFTConfig, accelerator: Accelerator, environment: Mapping[str, str] = os.environ) -> None:
+    """Raise UserError if FSDP is asked for and accelerate has ignored it, as it does on CPUs."""
+    requested = bool(arguments.fsdp) or environment.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+    if requested and accelerator.distributed_type != DistributedType.FSDP:
+        raise UserError(
+            "FSDP: accelerate shards on GPUs only, and each process here would train all weights. Launch with "
+            "accelerate_configs/ddp.yaml (one process: cpu.yaml)."
+        )
 
 
 def configure_fsdp2(arguments: SFTConfig) -> None:

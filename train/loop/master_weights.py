@@ -29,6 +29,8 @@ _SOUND_OPTIMIZERS = (
 """Optimizers (transformers/trainer_optimizer.py) that train 16-bit weights without losing updates, by a pattern of the
 name, and of `optim_args` without spaces. All others round to the nearest number."""
 
+_KEEP_COPIES = "accelerate_configs/zero1.yaml, zero2.yaml, zero3.yaml or fsdp2.yaml"
+
 
 @dataclass(frozen=True)
 class Launch:
@@ -84,10 +86,17 @@ def _read_deepspeed(config: str) -> dict[str, Any]:
 def master_weights_error(recipe: Recipe, dtype: str, launch: Launch) -> str | None:
     """Return an error if weights of `dtype`, which model.dtype stands for, are trained without float32 masters.
 
-    None for an adapter: peft keeps its weights in float32, and the others are frozen.
+    None for an adapter without `modules_to_save`: peft keeps its weights in float32 (TRL those of QLoRA in bfloat16, as
+    its paper does), and the others are frozen. Copies of layers, which `modules_to_save` trains in full, stay in the
+    type of the model; TRL casts those on quantized weights to bfloat16.
     """
-    if recipe.adapter is not None or recipe.model.allow_16bit_training or _is_sound(recipe.training):
+    copies = recipe.adapter.modules_to_save if recipe.adapter else None
+    if recipe.adapter is not None and not copies:
         return None
+    if recipe.model.allow_16bit_training or _is_sound(recipe.training):
+        return None
+    if recipe.quantization is not None:
+        dtype = "bfloat16"
     fp16 = bool(recipe.training.get("fp16"))
     bf16 = not fp16 and recipe.training.get("bf16") is not False
     if launch.deepspeed is not None and (error := _masters_in_16_bits(launch.deepspeed, bf16=bf16, fp16=fp16)):
@@ -106,11 +115,15 @@ def master_weights_error(recipe: Recipe, dtype: str, launch: Launch) -> str | No
     else:
         reason = "one process and DDP keep no such copies"
     auto = f"auto, here {dtype}" if recipe.model.dtype == "auto" else dtype
+    subject = f"model.dtype: {auto}: full fine-tuning"
+    if copies:
+        subject = f"adapter.modules_to_save: training copies of {', '.join(copies)} in {dtype}"
+    remedy = f"launch with {_KEEP_COPIES}, or accept it with `model.allow_16bit_training: true`."
+    if recipe.quantization is None:
+        remedy = f"write `model.dtype: float32` (training.bf16: true still computes in bf16), {remedy}"
     return (
-        f"model.dtype: {auto}: full fine-tuning would lose most updates, as AdamW's are smaller than the last bit of a "
-        f"16-bit weight, which needs a float32 copy to add them up; {reason}. Write `model.dtype: float32` "
-        "(training.bf16: true still computes in bf16), launch with accelerate_configs/zero1.yaml, zero2.yaml or "
-        "zero3.yaml, or accept it with `model.allow_16bit_training: true`."
+        f"{subject} would lose most updates, as AdamW's are smaller than the last bit of a 16-bit weight, which needs "
+        f"a float32 copy to add them up; {reason}. {remedy[0].upper()}{remedy[1:]}"
     )
 
 
@@ -119,9 +132,8 @@ def master_weights_note(recipe: Recipe, dtype: str) -> str | None:
     if master_weights_error(recipe, dtype, Launch()) is None:
         return None
     return (
-        f"{dtype} weights are trained in full: launch with accelerate_configs/zero1.yaml, zero2.yaml, zero3.yaml or "
-        "fsdp2.yaml, which keep float32 copies of them. One process and ddp.yaml lose most updates and refuse to "
-        "start: there write `model.dtype: float32`"
+        f"{dtype} weights are trained in full: launch with {_KEEP_COPIES}, which keep float32 copies of them. One "
+        "process and ddp.yaml lose most updates and refuse to start: there write `model.dtype: float32`"
     )
 
 

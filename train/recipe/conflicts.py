@@ -56,6 +56,9 @@ def training_conflicts(training: Mapping[str, Any], *, has_validation: bool) -> 
     if isinstance(config, dict) and config.get("split_batches"):
         reason = "training.per_device_train_batch_size is the batch of one process"
         yield Conflict("accelerator_config", f"split_batches is true, but {reason}. Remove split_batches.")
+    if isinstance(config, dict) and config.get("dispatch_batches"):
+        reason = "each process reads its own batches"
+        yield Conflict("accelerator_config", f"dispatch_batches is true, but {reason}. Remove dispatch_batches.")
     for name in "logging_steps", "save_steps", "eval_steps", "warmup_steps":
         steps = training.get(name)
         if isinstance(steps, float) and steps > 1 and not steps.is_integer():
@@ -171,6 +174,9 @@ def _check_sequence_parallel(document: Document) -> None:
     """Add an error for what needs all tokens of a sequence, or all logits."""
     key = ("model", "sequence_parallel")
     training = document.section("training")
+    if training.get("average_tokens_across_devices") is False:
+        reason = "the loss of a sequence is divided by its tokens on all processes"
+        document.add_error(key, f"{reason}. Remove training.average_tokens_across_devices, or write 1 here.")
     if training.get("neftune_noise_alpha"):
         reason = "the noise of training.neftune_noise_alpha depends on the length of the sequence"
         document.add_error(key, f"{reason}, which no process sees. Remove it, or write 1 here.")

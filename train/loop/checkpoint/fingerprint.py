@@ -36,6 +36,7 @@ RESUMABLE_CHANGES = {
             *("save_steps", "save_strategy", "save_total_limit", "eval_steps", "eval_strategy", "eval_on_start"),
             *("per_device_eval_batch_size", "eval_accumulation_steps", "gradient_checkpointing"),
             *("gradient_checkpointing_kwargs", "activation_offloading", "torch_empty_cache_steps", "ddp_timeout"),
+            *("torch_compile", "torch_compile_backend", "torch_compile_mode"),
             *("dataloader_num_workers", "dataloader_prefetch_factor", "dataloader_pin_memory"),
             *("dataloader_persistent_workers", "push_to_hub", "hub_model_id", "hub_strategy", "hub_private_repo"),
         )

@@ -17,6 +17,29 @@ class UserError(Exception):
     """
 
 
+class MachineError(UserError):
+    """Device or package that this machine lacks; a run on another machine may have it.
+
+    `reason`: the message without the sentence on what to do.
+    """
+
+    def __init__(self, reason: str, remedy: str) -> None:
+        """Join both to the message."""
+        super().__init__(f"{reason}. {remedy}")
+        self.reason = reason
+
+
+@contextmanager
+def noted_elsewhere(notes: list[str], *, elsewhere: bool) -> Iterator[None]:
+    """Add a MachineError raised inside to `notes` if the run will be on another machine."""
+    try:
+        yield
+    except MachineError as error:
+        if not elsewhere:
+            raise
+        notes.append(f"not checked on this machine: {error.reason}")
+
+
 @contextmanager
 def replace_in_errors(replacements: Mapping[str, str]) -> Iterator[None]:
     """Replace terms in UserErrors raised inside, so that they name what the user typed (an option for a recipe key).

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Mapping
+from typing import Any
 
 _WORLD_SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 """World size variables of torchrun and the MPIs, as accelerate reads them."""
@@ -37,18 +38,43 @@ def parallelism_error(environment: Mapping[str, str]) -> str | None:
     if not used:
         names = [f"parallelism_config_dp_{part}_size" for part in ("replicate", "shard")]
         replicas, shards = (int(environment.get(name.upper(), "1")) for name in names)
-        ranks = int(environment.get("WORLD_SIZE", "1"))
+        ranks, of_a_node = _count_ranks(environment)
         if replicas * shards == ranks:
             return None
+        advice = "Launch one node with accelerate_configs/fsdp2.yaml."
+        if ranks > of_a_node:
+            advice = f"In a copy of the file, write {ranks // of_a_node} (nodes) and {of_a_node} (processes of a node)."
         return (
             f"{names[0]}: {replicas} x {names[1]}: {shards} in the launch configuration must be the number of "
-            f"processes ({ranks}). Write the number of nodes and the number of GPUs of a node."
+            f"processes ({ranks}). {advice}"
         )
     return (
         f"{', '.join(used)} in the launch configuration: accelerate's sequence, context and tensor parallelism do not "
         "support packed rows. Remove it there. To divide long sequences between GPUs, write `model.sequence_parallel` "
         "in the recipe."
     )
+
+
+def hpz_error(deepspeed: Mapping[str, Any], environment: Mapping[str, str]) -> str | None:
+    """Return an error if DeepSpeed's configuration has a second copy of the weights that spans nodes; else None.
+
+    DeepSpeed makes groups of consecutive ranks, whatever their nodes: the copy is only of use within one.
+    """
+    key = "zero_hpz_partition_size"
+    ranks, of_a_node = _count_ranks(environment)
+    size = min((deepspeed.get("zero_optimization") or {}).get(key) or 1, ranks)
+    if of_a_node % size == 0:
+        return None
+    return (
+        f"the DeepSpeed configuration has `zero_optimization.{key}: {size}`, which doesn't divide the {of_a_node} "
+        f"processes of a node. Write {of_a_node} in a copy of the file."
+    )
+
+
+def _count_ranks(environment: Mapping[str, str]) -> tuple[int, int]:
+    """Return the number of processes, and that of a node."""
+    ranks = int(environment.get("WORLD_SIZE", "1"))
+    return ranks, int(environment.get("LOCAL_WORLD_SIZE", ranks))
 
 
 def single_process_warning(environment: Mapping[str, str]) -> str | None:

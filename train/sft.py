@@ -25,7 +25,7 @@ from pathlib import Path
 from rich.console import Console
 
 from train.cli import CommandLine, print_error, run_command
-from train.errors import USER_FIXABLE_ERRNOS, UserError
+from train.errors import USER_FIXABLE_ERRNOS, MachineError, UserError
 from train.formatting import wrap
 from train.loop.checkpoint.resume import find_checkpoint
 from train.loop.finished_run import find_finished_run
@@ -74,6 +74,10 @@ def parse_options(arguments: list[str] | None) -> argparse.Namespace:
         metavar="SHARE",
         help="with --gpus: share of the peak FLOP/s that training reaches (default 0.4)",
     )
+    about_elsewhere = (
+        "with --check: another machine trains; packages and a GPU that this one lacks are notes (as by --gpus)"
+    )
+    parser.add_argument("--elsewhere", action="store_true", help=about_elsewhere)
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="override a key of the recipe")
     options = parser.parse_intermixed_args(arguments)
     if options.init is None and options.recipe is None:
@@ -86,6 +90,9 @@ def parse_options(arguments: list[str] | None) -> argparse.Namespace:
         parser.error("--json writes the report of --check: give both")
     if options.gpus and not options.check:
         parser.error("--gpus is an option of --check: give both")
+    if options.elsewhere and not options.check:
+        parser.error("--elsewhere is an option of --check: give both")
+    options.elsewhere |= bool(options.gpus)
     if not options.gpus and (options.nodes is not None or options.mfu is not None):
         parser.error("--nodes and --mfu need --gpus, such as --gpus 8x80GB")
     return options
@@ -103,7 +110,7 @@ def run(options: argparse.Namespace) -> None:
         return
     json_file = discard_earlier_report(options.json) if options.json is not None else None
     recipe = load_recipe(options.recipe, options.overrides)
-    check_files_exist(recipe)
+    check_files_exist(recipe, packages=not options.elsewhere)
     width = Console(file=sys.stdout).width
     finished, difference = find_finished_run(recipe) if options.resume == "auto" else (None, None)
     if difference and is_first_rank():
@@ -125,11 +132,18 @@ def run(options: argparse.Namespace) -> None:
 
             cluster = parse_cluster(options.gpus, options.nodes, options.mfu)
         summary = finished.summary if finished else None
-        check(recipe, checkpoint, finished=summary, cluster=cluster, json_file=json_file)
+        check(recipe, checkpoint, finished=summary, cluster=cluster, elsewhere=options.elsewhere, json_file=json_file)
     else:
         from train.finetune import finetune
 
         finetune(recipe, checkpoint, options.resume_anyway)
+
+
+def _check_for_this_machine(options: argparse.Namespace) -> None:
+    try:
+        run(options)
+    except MachineError as error:
+        raise UserError(f"{error} For a run on another machine: --check --elsewhere, or --gpus.") from error
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -142,7 +156,7 @@ def main(arguments: list[str] | None = None) -> int:
     if mistake := single_process_warning(os.environ):
         print(f"warning: {mistake}", file=sys.stderr, flush=True)
     return run_command(
-        lambda: run(options),
+        lambda: _check_for_this_machine(options) if options.check else run(options),
         "stopped",
         guard_output=options.check,
         on_user_error=report_error,

@@ -25,7 +25,7 @@ import psutil
 from benchmarks.data_contenders import CONTENDERS, Memory, read_memory
 from benchmarks.data_table import BARE, build_record, format_size, format_table
 from benchmarks.process import failure_reason, running, script_command
-from benchmarks.record import check_json_folder, count_cores, describe_environment, publish
+from benchmarks.record import check_json_file, count_cores, describe_environment, publish
 from benchmarks.rows import generate
 from train.cli import non_negative_int, positive_int
 from train.errors import UserError
@@ -61,7 +61,7 @@ def run(options: argparse.Namespace) -> None:
     """Measure the contenders, print the table and write the record. Raises UserError."""
     if not Path("/proc/self/smaps_rollup").is_file():
         raise UserError("memory is read from /proc/PID/smaps_rollup, which this system lacks: run it on Linux")
-    check_json_folder(options.json)
+    check_json_file(options.json)
     environment = describe_environment(_PACKAGES)
     settings = {key: getattr(options, key) for key in _SETTINGS} | {
         "contenders": options.only.split(",") if options.only else None,

@@ -18,10 +18,12 @@ def count_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def check_json_folder(file: Path | None) -> None:
-    """Raise UserError if the folder of `--json` doesn't exist."""
+def check_json_file(file: Path | None) -> None:
+    """Raise UserError if the folder of `--json` doesn't exist, or the file does: no record is lost."""
     if file and not file.parent.is_dir():
         raise UserError(f"--json {file}: there is no folder {file.parent}")
+    if file and file.exists():
+        raise UserError(f"--json {file}: it exists already, and is not replaced. Name another file, or delete it.")
 
 
 def describe_environment(packages: Sequence[str]) -> dict[str, Any]:

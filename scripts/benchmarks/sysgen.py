@@ -19,7 +19,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from benchmarks.process import PROJECT, failure_reason, running, script_command
-from benchmarks.record import check_json_folder, describe_environment, publish
+from benchmarks.record import check_json_file, describe_environment, publish
 from benchmarks.rows import generate
 from benchmarks.sysgen_server import ROW_MARK, STAGES
 from benchmarks.sysgen_table import compute_medians, format_table
@@ -63,7 +63,7 @@ def add_to(commands: Any) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Measure the contenders, print the table and write the record. Raises UserError."""
-    check_json_folder(options.json)
+    check_json_file(options.json)
     environment = describe_environment(_PACKAGES)
     settings = {key: getattr(options, key) for key in _SETTINGS} | {
         "rows": [options.rows],

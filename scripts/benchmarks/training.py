@@ -21,7 +21,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from benchmarks.process import end, failure_reason, running
-from benchmarks.record import check_json_folder, describe_environment, format_environment
+from benchmarks.record import check_json_file, describe_environment, format_environment
 from benchmarks.training_settings import select_names
 from benchmarks.training_table import (
     Line,
@@ -41,6 +41,9 @@ _PACKAGES = (
     *("janus-sft", "trl", "transformers", "torch", "triton", "accelerate", "peft", "bitsandbytes", "torchao"),
     *("kernels", "liger-kernel", "flash-attn", "flash-attn-3", "flash-attn-4"),
 )
+ALLOCATOR_VARIABLES = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
+"""As in scripts/slurm/job.sh: what the user has set stays."""
+_ALLOCATOR = {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
 WORKER = (sys.executable, "-m", "benchmarks.training_worker")
 _POLL_SECONDS = 0.1
 _TOKENS_PER_ROW = 1_000
@@ -55,7 +58,7 @@ def add_to(commands: Any) -> None:
     """Add the command to those of benchmark.py."""
     parser = commands.add_parser("train", help="training steps: TRL's defaults and ours", description=__doc__)
     add = parser.add_argument
-    about_json = "record, in place of an earlier one (default %(default)s); the profile is written beside it"
+    about_json = "record, a new file (default %(default)s); the profile is written beside it"
     add("--json", type=Path, default=Path("train.json"), metavar="FILE", help=about_json)
     add("--minutes", type=positive_float, default=10.0, metavar="N", help="time for all (default %(default)g)")
     about_config = "a model's config.json, mistral-7b-v0.2 (default) or tiny; a small GPU takes fewer of its layers"
@@ -79,21 +82,18 @@ def run(options: argparse.Namespace) -> None:
     if options.list:
         print("\n".join(names))
         return
-    check_json_folder(options.json)
-    _refuse_other_file(options.json)
-    environment = describe_environment(_PACKAGES)
-    print(format_environment(environment), flush=True)
+    check_json_file(options.json)
     # transformers takes seconds to import, and a list of names or a mistake in an option should not
-    from benchmarks.training_inputs import Workload, load_model_config
+    from benchmarks.training_inputs import load_workload
 
     length = options.max_length or _LENGTHS.get(options.config, _LENGTH)
     rows = _SEQUENCES_PER_STEP * (options.warmup + options.steps) * max(length, _TOKENS_PER_ROW) // _TOKENS_PER_ROW
-    workload = asdict(
-        Workload(load_model_config(options.config), rows, length, options.warmup, options.steps, options.seed)
-    )
+    workload = asdict(load_workload(options.config, rows, length, options.warmup, options.steps, options.seed))
+    environment = describe_environment(_PACKAGES)
+    print(format_environment(environment), flush=True)
     record: dict[str, Any] = {"command": "train", "workload": workload, **environment, "measurements": []}
     lines: list[Line] = record["measurements"]
-    baseline: dict[str, float] = {}
+    baseline: dict[str, Line] = {}
     with TemporaryDirectory(prefix="janus-benchmark-") as folder:
         task = {
             "workload": workload,
@@ -106,23 +106,14 @@ def run(options: argparse.Namespace) -> None:
             if line["name"] == "machine":
                 if "device" not in line:
                     raise UserError(f"the device can't be measured: {line.get('reason') or line['skipped']}")
-                baseline = read_baseline(baseline_file(line["device"]), workload)
+                try:
+                    baseline = read_baseline(baseline_file(line["device"]), workload)
+                except UserError as error:
+                    print(f"note: nothing is compared with an earlier run: {error}", flush=True)
             record |= {"ratios": ratios(lines, baseline), "best": best_settings(lines)}
             write_json(record, options.json)
             print(format_line(line, lines[0], record["ratios"].get(line["name"], {})), flush=True)
-    _print_summary(record, options.json, earlier=bool(baseline))
-
-
-def _refuse_other_file(file: Path) -> None:
-    """Raise UserError if `file` holds anything but an earlier record, which is replaced."""
-    if not file.exists():
-        return
-    try:
-        content = json.loads(file.read_bytes())
-    except (OSError, ValueError) as error:
-        raise UserError(f"--json {file}: it can't be read: {error}. Name another file.") from error
-    if not isinstance(content, dict) or content.get("command") != "train":
-        raise UserError(f"--json {file}: it holds no measurements of `train` and is not replaced. Name another file.")
+    _print_summary(record, options.json)
 
 
 def measure(
@@ -173,16 +164,16 @@ def _new_lines(results: Path, count: int) -> list[Line]:
 
 def _environment(folder: Path) -> dict[str, str]:
     """Return additions to the environment of a process: one GPU, no hub, and caches in `folder`."""
-    return {
+    allocator = {} if any(os.environ.get(name) for name in ALLOCATOR_VARIABLES) else _ALLOCATOR
+    return allocator | {
         "CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0],
         "HF_HUB_OFFLINE": "1",
         "HF_DATASETS_CACHE": str(folder / "datasets"),
         "TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor"),
-        "PYTORCH_ALLOC_CONF": os.environ.get("PYTORCH_ALLOC_CONF", "expandable_segments:True"),
     }
 
 
-def _print_summary(record: dict[str, Any], file: Path, *, earlier: bool) -> None:
+def _print_summary(record: dict[str, Any], file: Path) -> None:
     lines, workload = record["measurements"], record["workload"]
     machine = lines[0]
     print(f"\n{format_table(lines, record['ratios'])}\n")
@@ -193,12 +184,18 @@ def _print_summary(record: dict[str, Any], file: Path, *, earlier: bool) -> None
         f"sequences of {workload['max_length']:,} tokens of rows with Janus-like lengths, seed {workload['seed']}. "
         "MFU and FLOPs: by the convention of train/model/flops.py. x TRL: tokens/s, TRL's SFTTrainer with its "
         f"defaults and the same weights. x earlier: {baseline_file(machine['device']).name}"
-        f"{'' if earlier else ', which is not there or had another workload'}."
+        " with the same workload, layers, optimizer and recipe (–: it has no such line)."
     )
     if skipped := sum("skipped" in line for line in lines):
         print(f"{skipped} measurements were skipped for lack of time: --only or more --minutes measures them.")
     for group, best in record["best"].items():
         print(f"\nBest for {group} ({best['tokens_per_second']:,.0f} tokens/s), {best['recipe']}:")
         print(f"  {shlex.join(best['overrides'])}")
-    print(f"\nEvery measurement is in {file}. To compare later runs on this kind of GPU with it:")
-    print(f"  cp {shlex.quote(str(file))} {shlex.quote(os.path.relpath(baseline_file(machine['device'])))}")
+        if best["optimizer"] != best["recipe_optimizer"]:
+            print(f"  (measured with {best['optimizer']}, as the recipe's {best['recipe_optimizer']} is not installed)")
+    if record["best"]:
+        print("\nKeep the recipe's sequences per step: GPUs x micro-batch x training.gradient_accumulation_steps.")
+    print(f"\nEvery measurement is in {file}.")
+    if any("tokens_per_second" in line for line in lines):
+        print("To compare later runs on this kind of GPU with it:")
+        print(f"  cp {shlex.quote(str(file))} {shlex.quote(os.path.relpath(baseline_file(machine['device'])))}")

@@ -7,14 +7,14 @@ letter. Lengths are those of Multifaceted Collection in tokens of Mistral's toke
 import json
 import random
 import string
+import sys
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from importlib.util import find_spec
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerFast
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, PreTrainedTokenizerFast, __version__
 
 from benchmarks.rows import lengths
 from benchmarks.training_settings import Setting
@@ -26,6 +26,7 @@ from train.preflight.plan.cluster import Cluster
 from train.preflight.plan.memory import DDP
 from train.preflight.plan.settings import written_settings
 from train.recipe import Recipe
+from train.recipe.optimizer_arguments import missing_package
 
 CHARACTERS_PER_TOKEN = 4.03
 """Of Mistral's tokenizer (v1), in 400 rows of rows.py: 4.03 in system messages, 4.05 in questions, 4.03 in answers."""
@@ -33,7 +34,7 @@ PROMPT_TOKENS = 17
 """Added by mistral-system to a prompt, in tokens of one letter: <s>, `[INST] `, a line break, ` [/INST]`."""
 ANSWER_TOKENS = 2
 """Added by mistral-system to an answer: a space and </s>."""
-WITHOUT_BITSANDBYTES = "adamw_torch_fused"
+OTHER_OPTIMIZER = "adamw_torch_fused"
 _SHARES = (1.0, 0.75, 0.5, 0.25, 0.125)
 
 _MISTRAL: dict[str, Any] = {
@@ -77,6 +78,18 @@ class Workload:
     warmup: int
     steps: int
     seed: int
+
+
+def load_workload(config: str, rows: int, max_length: int, warmup: int, steps: int, seed: int) -> Workload:
+    """Return the workload. Raises UserError for a config that can't be read or built, and if all rows are too long."""
+    workload = Workload(load_model_config(config), rows, max_length, warmup, steps, seed)
+    if workload.config["model_type"] not in CONFIG_MAPPING:
+        kind = workload.config["model_type"]
+        raise UserError(f"--config: {config} is a model of type {kind!r}, which transformers {__version__} lacks.")
+    if not any(row_lengths(workload)):
+        shortest = min(map(sum, row_lengths(replace(workload, max_length=sys.maxsize)))) + PROMPT_TOKENS + ANSWER_TOKENS
+        raise UserError(f"--max-length: {max_length:,} is shorter than every row. Write {shortest} or more.")
+    return workload
 
 
 def load_model_config(name: str) -> dict[str, Any]:
@@ -163,11 +176,17 @@ def setting_recipe(setting: Setting, workload: Workload, folder: Path, *, on_cpu
         f"output_dir={json.dumps(str(folder / 'run'))}",
         f"seed={workload.seed}",
     ]
-    if "optim" not in setting.changes and (on_cpu or find_spec("bitsandbytes") is None):
-        overrides.append(f"training.optim={WITHOUT_BITSANDBYTES}")
+    overrides += optimizer_overrides(setting)
     if on_cpu and setting.changes.get("compile") == "on":
         overrides.append("training.torch_compile_backend=eager")
     return setting.load_recipe(overrides)
+
+
+def optimizer_overrides(setting: Setting) -> list[str]:
+    """Return the override of the recipe's optimizer, unless its package is installed or the setting names another."""
+    if "optim" in setting.changes or not missing_package(setting.load_recipe([]).training["optim"]):
+        return []
+    return [f"training.optim={OTHER_OPTIMIZER}"]
 
 
 def planned_bytes(recipe: Recipe, config: PreTrainedConfig, tracer: ActivationTracer | None = None) -> int | None:

@@ -16,7 +16,7 @@ from train.model.attention.selection import select_attention
 from train.model.flops import peak_flops
 from train.recipe import Recipe
 
-_PROBE_SECONDS = 1.0
+_PROBE_SECONDS = 1.0 if torch.cuda.is_available() else 0.1  # of the dry run
 _MATMUL = 8_192
 """Rows and columns of the matrices: 2 x 8,192^3 FLOPs fill every GPU."""
 _COPIED = 2**30
@@ -56,7 +56,7 @@ def describe_device() -> dict[str, Any]:
             "cuda": torch.version.cuda,
             "hip": torch.version.hip,
             "driver": _driver(),
-            "alloc_conf": os.environ.get("PYTORCH_ALLOC_CONF"),
+            "allocator": {name: value for name, value in os.environ.items() if name.endswith("_ALLOC_CONF")},
         }
     if torch.accelerator.is_available():
         accelerator = torch.accelerator.current_accelerator()
@@ -74,7 +74,7 @@ def _driver() -> str | None:
 
 
 def seconds_per_call(call: Callable[[], object]) -> float:
-    """Return the mean seconds of a call over about a second, on the device, after two calls to warm up."""
+    """Return the mean seconds of a call over _PROBE_SECONDS, on the device, after two calls to warm up."""
     call()
     synchronize()
     began = time.perf_counter()

@@ -57,6 +57,8 @@ _CHECKPOINTING = {  # the kwargs of the recipe are removed: TRL refuses `selecti
     "selective": ("training.gradient_checkpointing=true", "training.gradient_checkpointing_kwargs={selective: true}"),
     "none": ("training.gradient_checkpointing=false", "training.gradient_checkpointing_kwargs=null"),
 }
+_VALUES = {"checkpointing": tuple(_CHECKPOINTING), "dtype": ("bfloat16", "float32")}
+"""Factors of which not all values of the recipe's key are measured: float16 weights can't be trained in full."""
 _BASE = {"batch": "1", "checkpointing": "full"}
 """Settings without a change, whatever the recipe has."""
 FACTORS = ("checkpointing", *_OVERRIDES)
@@ -112,7 +114,7 @@ def parse_setting(name: str) -> Setting | None:
     allowed = ("dtype", "batch") if base.startswith("trl") else FACTORS
     if method not in RECIPES or len(values) < len(changes) or not values.keys() <= set(allowed):
         return None
-    if values.get("checkpointing", "full") not in _CHECKPOINTING:
+    if not all(value in _VALUES.get(factor, (value,)) for factor, value in values.items()):
         return None
     return Setting(name, method, values, trl=base.startswith("trl"))
 
@@ -127,7 +129,10 @@ def select_names(patterns: str | None) -> list[str]:
     names = ["machine"]
     for pattern in patterns.split(","):
         matches = [name for name in ORDER if fnmatchcase(name, pattern)]
-        if not matches and parse_setting(pattern) is None:
+        setting = None if matches else parse_setting(pattern)
+        if setting:
+            setting.load_recipe([])  # refuses values that a recipe doesn't take
+        elif not matches:
             raise UserError(
                 f"--only: no measurement is called {pattern!r}. --list shows them; any combination can be named, such "
                 f"as full+checkpointing=none+compile=on (changes: {', '.join(FACTORS)})."

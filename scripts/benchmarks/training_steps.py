@@ -185,7 +185,8 @@ def train(recipe: Recipe, config: PreTrainedConfig, *, trl: bool, callbacks: lis
     trainer = build(recipe, config, [StepClock(steps), *callbacks])
     trainer.steps, steps.began = steps, time.perf_counter()
     trainer.train()
-    line = {"attention": trainer.model.config._attn_implementation, "steps": steps}
+    optimizer = str(trainer.args.optim.value)
+    line = {"attention": trainer.model.config._attn_implementation, "optimizer": optimizer, "steps": steps}
     if torch.cuda.is_available():
         line |= {"peak_bytes": torch.cuda.max_memory_allocated(), "reserved_bytes": torch.cuda.max_memory_reserved()}
     return line

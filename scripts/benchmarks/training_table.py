@@ -7,9 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.training_settings import parse_setting
+from train.errors import UserError
 
 BASELINES = Path(__file__).parent / "baselines"
 """Records of earlier runs, one per kind of GPU."""
+_SAME = ("layers", "optimizer", "recipe")
+"""Keys of a line that must be those of an earlier one."""
 _TOLERANCE = 0.03
 """Share of the measured peak within which planned memory counts as right."""
 
@@ -21,26 +24,37 @@ def baseline_file(gpu: str) -> Path:
     return BASELINES / f"{re.sub('[^a-z0-9]+', '-', gpu.lower()).strip('-')}.json"
 
 
-def read_baseline(file: Path, workload: Mapping[str, Any]) -> dict[str, float]:
-    """Return tokens per second by name in an earlier record; none if there is no file, or it had another workload."""
+def read_baseline(file: Path, workload: Mapping[str, Any]) -> dict[str, Line]:
+    """Return the steps of an earlier record by name; none if there is no file, or it had another workload.
+
+    Raises UserError if the file holds something else.
+    """
     if not file.exists():
         return {}
-    record = json.loads(file.read_text("utf-8"))
-    if record["workload"] != dict(workload):
-        return {}
-    return {line["name"]: line["tokens_per_second"] for line in record["measurements"] if "tokens_per_second" in line}
+    try:
+        record = json.loads(file.read_text("utf-8"))
+        if record["workload"] != dict(workload):
+            return {}
+        return {line["name"]: line for line in record["measurements"] if line.get("tokens_per_second")}
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise UserError(f"{file} is no record of `benchmark.py train` ({type(error).__name__}: {error})") from error
 
 
-def ratios(lines: Sequence[Line], baseline: Mapping[str, float]) -> dict[str, dict[str, float]]:
-    """Return the tokens per second of each setting divided by those of TRL (`trl`), and of `baseline` (`earlier`)."""
-    speeds = {line["name"]: line["tokens_per_second"] for line in lines if "tokens_per_second" in line}
+def ratios(lines: Sequence[Line], baseline: Mapping[str, Line]) -> dict[str, dict[str, float]]:
+    """Return the tokens per second of each setting divided by those of TRL (`trl`), and of `baseline` (`earlier`).
+
+    Only lines of the same layers, optimizer and recipe are compared: a name says what differs from the recipe.
+    """
+    steps = {line["name"]: line for line in lines if "tokens_per_second" in line}
+    speeds = {name: line["tokens_per_second"] for name, line in steps.items()}
     quotients: dict[str, dict[str, float]] = {}
     for name, speed in speeds.items():
         setting, quotients[name] = parse_setting(name), {}
         if setting and not setting.trl and setting.baseline in speeds:
             quotients[name]["trl"] = speed / speeds[setting.baseline]
-        if name in baseline:
-            quotients[name]["earlier"] = speed / baseline[name]
+        before = baseline.get(name)
+        if before and all(before.get(key) == steps[name].get(key) for key in _SAME):
+            quotients[name]["earlier"] = speed / before["tokens_per_second"]
     return quotients
 
 
@@ -142,7 +156,9 @@ def best_settings(lines: Sequence[Line]) -> dict[str, dict[str, Any]]:
             best[setting.group] = {
                 "name": setting.name,
                 "recipe": f"recipes/janus-7b/sft/{setting.method}.yaml",
-                "overrides": setting.overrides,
+                "overrides": line["overrides"],
+                "optimizer": line["optimizer"],
+                "recipe_optimizer": setting.load_recipe([]).training["optim"],
                 "tokens_per_second": line["tokens_per_second"],
             }
     return best

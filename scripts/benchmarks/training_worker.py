@@ -19,6 +19,7 @@ from benchmarks.training_inputs import (
     Workload,
     fit_layers,
     model_config,
+    optimizer_overrides,
     planned_bytes,
     setting_recipe,
     write_rows,
@@ -140,8 +141,15 @@ class Worker:
         if memory and planned and planned > _TOO_MUCH * memory:
             gib = f"{planned / 2**30:.1f} GiB of the GPU's {memory / 2**30:.1f}"
             return {"planned_bytes": planned, "reason": f"the plan is {gib}, so it is not tried"}
+        line = {
+            "planned_bytes": planned,
+            "layers": self._machine()["layers"],
+            "overrides": setting.overrides + optimizer_overrides(setting),
+            "recipe": recipe.model_dump(mode="json", include={"adapter", "quantization", "training"})
+            | {"model": recipe.model.model_dump(mode="json", exclude={"name_or_path"})},
+        }
         try:
-            return {"planned_bytes": planned} | measure_steps(recipe, config, self.workload, trl=setting.trl)
+            return line | measure_steps(recipe, config, self.workload, trl=setting.trl)
         except torch.OutOfMemoryError as error:
             detail = " ".join(str(error).split())[:120]
             return {"planned_bytes": planned, "reason": f"out of memory: {detail}"}

@@ -14,6 +14,7 @@ import yaml
 from slurm.batch_script import ROOT, Task, resume_options
 from train.errors import UserError
 from train.preflight.missing_files import check_files_exist
+from train.ranks import hpz_error, parallelism_error
 from train.recipe import Recipe
 
 
@@ -35,7 +36,25 @@ def check_launch(options: argparse.Namespace) -> dict[str, Any]:
             f"--config: {options.config} names {deepspeed}, which does not exist in {Path.cwd()}. Submit from the "
             f"folder that contains it ({ROOT})."
         )
+    if mismatch := _node_sharding_error(options, config):
+        raise UserError(f"--config: {options.config}: {mismatch}")
     return dict(config)
+
+
+def _node_sharding_error(options: argparse.Namespace, config: dict[str, Any]) -> str | None:
+    """Return an error if the configuration divides weights between nodes as this job has none; else None."""
+    of_a_node = max(options.gpus, 1)
+    environment = {"WORLD_SIZE": str(options.nodes * of_a_node), "LOCAL_WORLD_SIZE": str(of_a_node)}
+    if sizes := config.get("parallelism_config"):
+        environment["ACCELERATE_USE_PARALLELISM_CONFIG"] = "true"
+        environment |= {key.upper(): str(size) for key, size in sizes.items()}
+    from train.loop.master_weights import read_launch_configuration  # imports torch
+
+    deepspeed = read_launch_configuration({}, config).deepspeed or {}
+    hpz = (deepspeed.get("zero_optimization") or {}).get("zero_hpz_partition_size") or 1
+    if options.nodes == 1 and hpz > 1:
+        return "it keeps a second copy of the weights on each node (hpZ), which is for several. Use zero3.yaml."
+    return parallelism_error(environment) or hpz_error(deepspeed, environment)
 
 
 def check_task(options: argparse.Namespace, config: dict[str, Any], task: Task) -> None:
@@ -50,28 +69,24 @@ def check_task(options: argparse.Namespace, config: dict[str, Any], task: Task) 
 
 
 def _check_recipe(recipe: Recipe, config: dict[str, Any], processes: int, resume_anyway: list[str]) -> None:
-    check_files_exist(recipe)
-    import torch
-
+    check_files_exist(recipe, packages=False)
     from train.loop.master_weights import master_weights_error, read_launch_configuration
-    from train.loop.optimizer_test import check_optimizer
     from train.loop.sharding import sharding_error
     from train.model.folder import check_model_folder
-    from train.model.load import check_model
     from train.model.tokenizer import check_vocabulary, load_chat_tokenizer
     from train.preflight.checks import find_run_errors
+    from train.preflight.model_checks import examine_model
 
     if errors := find_run_errors(recipe, 0, processes):
         raise UserError(" ".join(errors))
     _check_checkpoint(recipe, resume_anyway)
     check_model_folder(recipe.model)
-    # A login node has no GPU to test attention kernels on: the nodes test them before they load the model.
-    any_attention = recipe.model.model_copy(update={"attention": "auto"})
-    checked = check_model(recipe if torch.cuda.is_available() else recipe.model_copy(update={"model": any_attention}))
+    checked = examine_model(recipe, elsewhere=True)
+    for note in checked.notes:
+        print(f"note: {note}", file=sys.stderr)
     launch = read_launch_configuration(recipe.training, config)
-    if error := master_weights_error(recipe, checked.dtype, launch) or sharding_error(recipe, launch, processes):
+    if error := master_weights_error(recipe, checked.dtype, launch) or sharding_error(recipe, launch):
         raise UserError(error)
-    check_optimizer(recipe)
     check_vocabulary(load_chat_tokenizer(recipe.model, recipe.chat).tokenizer, recipe.model, checked.embeddings)
 
 
@@ -134,6 +149,6 @@ def run_data_check(options: argparse.Namespace, task: Task) -> int:
 
     gpus = parse_gpu_names(options.gpu_names, options.gpus)
     command = [sys.executable, str(ROOT / "train" / "sft.py"), "--recipe", str(options.recipe), "--check"]
-    command += resume_options(options.resume_anyway)
+    command += ["--elsewhere", *resume_options(options.resume_anyway)]
     command += ["--gpus", gpus, "--nodes", str(options.nodes)] if gpus and can_be_planned(task.recipe) else []
     return subprocess.run([*command, *task.overrides], stdout=sys.stderr, check=False).returncode

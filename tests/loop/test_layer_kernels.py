@@ -28,6 +28,15 @@ def test_conflicts(training: dict, reason: str, recipe_file: RecipeFile) -> None
         load_recipe(recipe_file(model={"use_kernels": True}, training=training))
 
 
+def test_ligers_settings_need_liger(recipe_file: RecipeFile) -> None:
+    layers = {"liger_kernel_config": {"rms_norm": True}}
+    with pytest.raises(
+        UserError, match=r"training\.liger_kernel_config: has no effect without `training\.use_liger_ke"
+    ):
+        load_recipe(recipe_file(training=layers))
+    assert load_recipe(recipe_file(training={**layers, "use_liger_kernel": True}))
+
+
 @without_package
 def test_the_package_is_missing(recipe_file: RecipeFile) -> None:
     recipe = load_recipe(recipe_file(model={"use_kernels": True}))

@@ -222,4 +222,4 @@ def test_replicas_of_shards_must_be_all_processes(
     monkeypatch.setenv("PARALLELISM_CONFIG_DP_SHARD_SIZE", "8")
     error = refused("--recipe", recipe_file(), *mode)
     assert "dp_replicate_size: 2 x parallelism_config_dp_shard_size: 8 in the launch configuration" in error
-    assert "the number of processes (1). Write the number of nodes" in error
+    assert "the number of processes (1). Launch one node with accelerate_configs/fsdp2.yaml." in error

@@ -22,7 +22,7 @@ from train.model.float8 import (
     LossDifference,
     convert,
     find_linear_layers,
-    gpu_error,
+    gpu_objection,
     measure_loss_difference,
     without_float8,
 )
@@ -256,8 +256,8 @@ def test_without_a_gpu_a_check_warns_and_a_run_ends(
 
 def test_gpus_with_float8() -> None:
     for capability in (8, 9), (9, 0), (10, 0), (12, 0):
-        assert gpu_error(capability, "a GPU") is None
-    assert "this one, NVIDIA A100-SXM4-80GB, has 8.0. Write null" in gpu_error((8, 0), "NVIDIA A100-SXM4-80GB")
+        assert gpu_objection(capability, "a GPU") is None
+    assert "this one, NVIDIA A100-SXM4-80GB, has 8.0" in gpu_objection((8, 0), "NVIDIA A100-SXM4-80GB")
 
 
 def test_without_torchao(
@@ -359,7 +359,7 @@ def test_the_isolation_test_ignores_shared_scales(recipe_file: Callable[..., Pat
 
 @pytest.mark.gpu
 @pytest.mark.skipif(
-    not torch.cuda.is_available() or gpu_error(torch.cuda.get_device_capability()) is not None,
+    not torch.cuda.is_available() or gpu_objection(torch.cuda.get_device_capability()) is not None,
     reason="needs a CUDA device with float8",
 )
 @pytest.mark.parametrize("name", RECIPES)

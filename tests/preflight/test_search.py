@@ -188,7 +188,7 @@ def test_what_a_run_refuses_is_neither_planned_nor_counted_as_fitting(
         launch = read_launch_configuration({}, config)
         for settings in candidates.list(strategy):
             recipe = load_recipe(path, [*overrides, *list_overrides(candidates.recipe, settings)])
-            error = sharding_error(recipe, launch, 4)
+            error = sharding_error(recipe, launch)
             assert error == candidates.refusal(settings)
             assert error is None or path is QLORA
     written = evaluate_written(candidates, cluster_of(100_000), workload_of(candidates))

@@ -12,6 +12,7 @@ import traceback
 from collections import Counter
 from collections.abc import Callable
 from contextlib import redirect_stdout
+from importlib.util import find_spec
 from io import StringIO
 from itertools import accumulate
 from pathlib import Path
@@ -29,7 +30,6 @@ ROWS, MAX_LENGTH, SEED = 10, 1_800, 8
 STEPS = ["full", "trl", "full+checkpointing=selective", "trl-lora", "lora+checkpointing=none+batch=2"]
 FAILING = {
     "attention torch_varlen": "needs a CUDA device",
-    "full+dtype=float8": "model.dtype",
     "full+attention=flash_attention_2": "needs the package flash-attn",
 }
 NAMES = ["machine", "matmul", "bandwidth", "attention sdpa", *STEPS, *FAILING, "profile"]
@@ -119,6 +119,10 @@ def test_rates_and_ratios_are_those_of_the_steps(measured: tuple[dict[str, Any],
         assert row.endswith(f" | {ratio:.2f} | – |")
     best = max(("full", STEPS[2]), key=lambda name: lines[name]["tokens_per_second"])
     assert record["best"]["full on several GPUs (ZeRO), bfloat16 weights"]["name"] == best
+    optimizer = "adamw_bnb_8bit" if find_spec("bitsandbytes") else "adamw_torch_fused"
+    assert lines["full"]["recipe"]["training"]["optim"] == lines["full"]["optimizer"] == optimizer
+    assert lines["trl"]["optimizer"] == "adamw_torch_fused"
+    assert any("training.gradient_accumulation_steps" in line for line in output)
     overrides = record["best"]["lora, bfloat16 weights"]["overrides"]
     assert overrides == [
         "training.per_device_train_batch_size=2",
@@ -225,6 +229,14 @@ for name in task["names"]:
 """
 
 
+MACHINE = """
+import json, sys
+line = {"name": "machine", "device": "cpu", "memory_bytes": None, "peak_flops": None, "layers": 2, "of_layers": 2}
+with open(json.loads(sys.argv[1])["folder"] + "/results.jsonl", "a") as lines:
+    lines.write(json.dumps(line) + "\\n")
+"""
+
+
 def test_the_rest_is_measured_after_a_process_that_died_or_hung(tmp_path: Path, scripts: SimpleNamespace) -> None:
     names = ["first", "dies", "second", "leaves memory", "third", "hangs", "last"]
     lines = list(
@@ -257,11 +269,18 @@ H200 = {"name": "machine", "device": "NVIDIA H200", "memory_bytes": 139 * 2**30,
         "of_layers": 32}  # fmt: skip
 
 
+def setting_overrides(name: str) -> list[str]:
+    from benchmarks.training_settings import parse_setting
+
+    return parse_setting(name).overrides
+
+
 def step_line(name: str, speed: float, **more: Any) -> dict[str, Any]:
     return {
         "name": name, "attention": "torch_varlen", "seconds": 0.5, "fastest": 0.5, "slowest": 1.0, "start_seconds": 31.0,
         "tokens_per_second": speed, "flops_per_second": 4e14, "first_loss": 10.4, "last_loss": 10.3,
-        "peak_bytes": 100 * 2**30, "planned_bytes": 90 * 2**30, **more,
+        "peak_bytes": 100 * 2**30, "planned_bytes": 90 * 2**30, "layers": 32, "optimizer": "adamw_bnb_8bit",
+        "recipe": {"training": {"bf16": True}}, "overrides": [*setting_overrides(name)], **more,
     }  # fmt: skip
 
 
@@ -297,6 +316,60 @@ def test_a_run_is_compared_with_the_baseline_of_its_gpu(
     assert shown[-1] == "Planned memory is within 3% of the peak in 0 of 3 settings; the worst is full: -10.0%."
 
 
+@pytest.mark.parametrize(
+    "other", [{"layers": 16}, {"optimizer": "adamw_torch_fused"}, {"recipe": {"training": {"bf16": False}}}]
+)
+def test_only_the_same_steps_are_compared(other: dict[str, Any], scripts: SimpleNamespace) -> None:
+    baseline = {name: step_line(name, 8_000.0) for name in ("full", "lora")} | {"full": step_line("full", 8e3, **other)}
+    lines = [H200, step_line("full", 10_000.0), step_line("lora", 4_000.0)]
+    assert scripts.table.ratios(lines, baseline) == {"full": {}, "lora": {"earlier": 0.5}}
+
+
+@pytest.mark.parametrize("content", ["{", "", "[]", '{"command": "train"}'])
+def test_a_baseline_that_is_no_record_is_a_note(
+    content: str, tmp_path: Path, scripts: SimpleNamespace, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """The process that measures is one that writes the line of the machine."""
+    monkeypatch.setattr(scripts.table, "BASELINES", tmp_path)
+    monkeypatch.setattr(scripts.training, "WORKER", (sys.executable, "-c", MACHINE))
+    (tmp_path / "cpu.json").write_text(content, encoding="utf-8")
+    assert scripts.main(["train", "--config", "tiny", "--only", "machine", "--json", str(tmp_path / "new.json")]) == 0
+    output = capsys.readouterr().out
+    assert f"note: nothing is compared with an earlier run: {tmp_path / 'cpu.json'} is no record" in output
+    assert "cp " not in output  # no step was measured
+    assert [line["name"] for line in read(tmp_path / "new.json")["measurements"]] == ["machine"]
+
+
+def test_another_optimizer_that_was_measured_is_advised(
+    scripts: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setattr(scripts.inputs, "missing_package", {"adamw_bnb_8bit": "bitsandbytes"}.get)
+    full, lora = (scripts.settings.parse_setting(name) for name in ("full", "lora"))
+    assert scripts.inputs.optimizer_overrides(full) == ["training.optim=adamw_torch_fused"]
+    assert scripts.inputs.optimizer_overrides(lora) == []  # the recipe's own is PyTorch's
+    other = {"optimizer": "adamw_torch_fused", "overrides": full.overrides + scripts.inputs.optimizer_overrides(full)}
+    lines = [H200, step_line("full", 9_000.0, **other)]
+    workload = {"config": scripts.inputs.CONFIGS["tiny"], "steps": 1, "warmup": 1, "max_length": 9, "seed": 1}
+    record = {"measurements": lines, "workload": workload, "ratios": {}, "best": scripts.table.best_settings(lines)}
+    scripts.training._print_summary(record, tmp_path / "x.json")
+    output = capsys.readouterr().out
+    assert "training.gradient_checkpointing_kwargs=null training.optim=adamw_torch_fused\n  (measured with " in output
+    assert "(measured with adamw_torch_fused, as the recipe's adamw_bnb_8bit is not installed)" in output
+
+
+@pytest.mark.parametrize("own", [None, "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF"])
+def test_the_allocator_is_that_of_the_user(
+    own: str | None, tmp_path: Path, scripts: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in scripts.training.ALLOCATOR_VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    if own:
+        monkeypatch.setenv(own, "max_split_size_mb:128")
+    changed = {name for name in scripts.training._environment(tmp_path) if "ALLOC_CONF" in name}
+    assert changed == (set() if own else {"PYTORCH_ALLOC_CONF"})
+
+
 def test_the_best_setting_of_each_group_is_one_that_its_recipe_takes(scripts: SimpleNamespace) -> None:
     lines = [
         H200, step_line("full", 9_000.0), step_line("full+checkpointing=selective+compile=on+batch=4", 12_000.0),
@@ -316,6 +389,7 @@ def test_the_best_setting_of_each_group_is_one_that_its_recipe_takes(scripts: Si
         "training.per_device_train_batch_size=1", "training.gradient_checkpointing=true",
         "training.gradient_checkpointing_kwargs=null", "model.dtype=float32",
     ]  # fmt: skip
+    assert (chosen["optimizer"], chosen["recipe_optimizer"]) == ("adamw_bnb_8bit", "adamw_bnb_8bit")
 
 
 def test_idle_time_is_what_no_kernel_covers(scripts: SimpleNamespace) -> None:
@@ -422,8 +496,19 @@ def test_every_name_in_the_list_is_a_setting_that_its_recipe_takes(
         (["--json", "no/such/folder/train.json"], "error: --json no/such/folder/train.json: there is no folder"),
         (["--config", "mistral-7b", "--json", "x.json"], "error: --config: mistral-7b is no config: No such file"),
         (["--config", "{recipe}", "--json", "x.json"], "is no config: "),
-        (["--config", "tiny", "--only", "trl", "--json", "{recipe}"], "it can't be read: "),
-        (["--config", "tiny", "--only", "trl", "--json", "{other}"], "it holds no measurements of `train`"),
+        (["--config", "{config}", "--json", "x.json"], "is a model of type 'newest', which transformers "),
+        (
+            ["--config", "tiny", "--max-length", "256", "--json", "x.json"],
+            "--max-length: 256 is shorter than every row",
+        ),
+        (["--only", "full+batch=abc,full"], "training.per_device_train_batch_size: found 'abc'"),
+        (["--only", "full+attention=foo"], "model.attention: found 'foo'"),
+        (["--only", "full+dtype=float16"], "error: --only: no measurement is called 'full+dtype=float16'."),
+        (
+            ["--config", "tiny", "--only", "trl", "--json", "{other}"],
+            "other.json: it exists already, and is not replaced",
+        ),
+        (["--config", "tiny", "--only", "trl", "--json", "/dev/full"], "--json /dev/full: it exists already"),
         (
             ["--config", "tiny", "--minutes", "0.001", "--json", "{new}"],
             "can't be measured: stopped at the end of --min",
@@ -434,7 +519,8 @@ def test_invalid_options_are_errors(
     refused: Callable[..., str], tmp_path: Path, arguments: list[str], message: str
 ) -> None:
     files = {"recipe": ROOT / "recipes" / "janus-7b" / "sft" / "full.yaml", "other": tmp_path / "other.json"}
-    files["new"] = tmp_path / "new.json"
+    files |= {"new": tmp_path / "new.json", "config": tmp_path / "config.json"}
+    files["config"].write_text('{"model_type": "newest"}', encoding="utf-8")
     files["other"].write_text('{"command": "data"}', encoding="utf-8")
     error = refused("train", *(argument.format(**files) for argument in arguments))
     assert error.startswith("error: ")

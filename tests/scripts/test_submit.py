@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import re
 import shlex
 import shutil
@@ -290,6 +291,37 @@ def test_errors_in_the_command_line_name_the_option_and_the_allowed_values(
     assert message in refused(recipe_file(), *arguments)
 
 
+HSDP, HPZ = (("--config", f"accelerate_configs/{name}_multinode.yaml") for name in ("hsdp", "zero3_hpz"))
+
+
+@pytest.mark.parametrize(
+    ("nodes", "gpus", "config", "message"),
+    [
+        (1, 8, HSDP, "number of processes (8). Launch one node with accelerate_configs/fsdp2.yaml."),
+        (2, 4, HSDP, "number of processes (8). In a copy of the file, write 2 (nodes) and 4 (processes of a node)."),
+        (4, 8, HSDP, "number of processes (32). In a copy of the file, write 4 (nodes) and 8 "),
+        (3, 4, HPZ, "zero_hpz_partition_size: 8`, which doesn't divide the 4 processes of a node. Write 4 in a copy "),
+        (2, 4, HPZ, "zero_hpz_partition_size: 8`, which doesn't divide the 4 processes of a node. Write 4 in a copy "),
+        (1, 8, HPZ, "keeps a second copy of the weights on each node (hpZ), which is for several. Use zero3.yaml."),
+    ],
+)
+def test_sharding_within_nodes_must_fit_the_nodes_of_the_job(
+    nodes: int, gpus: int, config: tuple[str, str], message: str, refused: Callable[..., str],
+    recipe_file: Callable[..., Path],
+) -> None:  # fmt: skip
+    job = ("--nodes", str(nodes), "--gpus-per-node", str(gpus), "--time", "24:00:00", *config)
+    error = refused(recipe_file(), *job, "training.optim=adamw_torch_fused")
+    assert error.startswith(f"--config: {config[1]}: ")
+    assert message in " ".join(error.split())
+
+
+@pytest.mark.parametrize("config", [HSDP, HPZ])
+def test_sharding_within_nodes_is_submitted_for_its_nodes(
+    config: tuple[str, str], printed: Callable[..., str], recipe_file: Callable[..., Path]
+) -> None:
+    assert printed(recipe_file(), *TWO_NODES, *config, "training.optim=adamw_torch_fused")
+
+
 def test_full_fine_tuning_of_16_bit_weights_is_refused_where_nothing_keeps_float32_copies(
     refused: Callable[..., str], printed: Callable[..., str], recipe_file: Callable[..., Path]
 ) -> None:
@@ -382,3 +414,21 @@ def test_what_the_start_of_a_run_refuses_is_not_queued(
     recipe = recipe_file(adapter=adapter, model={"dtype": "bfloat16"}, **sections)
     options = ("--config", f"accelerate_configs/{config}.yaml", "--print")
     assert refused(recipe, *ONE_NODE, *options).startswith(message)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+@pytest.mark.parametrize("check", [(), ("--check",)], ids=["", "check"])
+def test_what_only_the_nodes_have_is_a_note(
+    check: tuple[str, ...], recipe_file: Callable[..., Path], tmp_path: Path
+) -> None:
+    """A process of its own: train/sft.py writes to its standard error."""
+    arguments = [*ONE_NODE, "--print", *check, "model.attention=torch_varlen", "training.optim=grokadamw"]
+    recipe = recipe_file(training={"bf16": True, "max_steps": 4, "num_train_epochs": ...})
+    ended = subprocess.run(
+        [sys.executable, ROOT / "scripts" / "submit.py", "--recipe", recipe, *arguments],
+        cwd=ROOT, env=os.environ | {"COLUMNS": "200"}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.startswith("#!/bin/bash")
+    assert "not checked on this machine: model.attention: torch_varlen needs a CUDA device" in ended.stderr
+    assert "not checked on this machine: training.optim: grokadamw needs the package grokadamw" in ended.stderr

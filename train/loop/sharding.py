@@ -11,9 +11,7 @@ from train.recipe import Recipe
 from train.recipe.checkpointing import Checkpointing, checkpointing_of
 
 
-def sharding_error(
-    recipe: Recipe, launch: Launch, processes: int, checkpointing: Checkpointing | None = None
-) -> str | None:
+def sharding_error(recipe: Recipe, launch: Launch, checkpointing: Checkpointing | None = None) -> str | None:
     """Return an error for settings under which a save has no model, or a key of the recipe has no effect.
 
     `checkpointing`: in place of the recipe's.
@@ -21,15 +19,13 @@ def sharding_error(
     checkpointing = checkpointing or checkpointing_of(recipe.training)
     errors: Iterator[str] = iter(())
     if launch.deepspeed is not None:
-        errors = _deepspeed_errors(recipe, launch.deepspeed, processes, checkpointing)
+        errors = _deepspeed_errors(recipe, launch.deepspeed, checkpointing)
     elif launch.fsdp:
         errors = _fsdp_errors(recipe, launch)
     return next(errors, None)
 
 
-def _deepspeed_errors(
-    recipe: Recipe, deepspeed: Mapping[str, Any], processes: int, checkpointing: Checkpointing
-) -> Iterator[str]:
+def _deepspeed_errors(recipe: Recipe, deepspeed: Mapping[str, Any], checkpointing: Checkpointing) -> Iterator[str]:
     for key in ("sequence_parallel_size", "tensor_parallel.autotp_size"):
         if (_value(deepspeed, key) or 1) > 1:
             yield (
@@ -37,7 +33,7 @@ def _deepspeed_errors(
                 "rows. Remove it. To divide long sequences between GPUs, write `model.sequence_parallel` in the recipe."
             )
     if _value(deepspeed, "zero_optimization.stage") == 3:
-        yield from _zero3_errors(recipe, deepspeed, processes, checkpointing)
+        yield from _zero3_errors(recipe, deepspeed, checkpointing)
     if used := _value(deepspeed, "optimizer.type"):
         optim = recipe.training.get("optim")
         if optim is not None and not optim.startswith("adamw_torch"):
@@ -47,21 +43,12 @@ def _deepspeed_errors(
             )
 
 
-def _zero3_errors(
-    recipe: Recipe, deepspeed: Mapping[str, Any], processes: int, checkpointing: Checkpointing
-) -> Iterator[str]:
+def _zero3_errors(recipe: Recipe, deepspeed: Mapping[str, Any], checkpointing: Checkpointing) -> Iterator[str]:
     key = "zero_optimization.stage3_gather_16bit_weights_on_model_save"
     if not _value(deepspeed, key):
         yield (
             f"the DeepSpeed configuration lacks `{key}: true`, so a save would hold DeepSpeed's partitions and no "
             "model. Add it, or launch with accelerate_configs/zero3.yaml."
-        )
-    key = "zero_optimization.zero_hpz_partition_size"
-    nodes_share = min(_value(deepspeed, key) or 1, processes)
-    if processes % nodes_share:
-        yield (
-            f"the DeepSpeed configuration has `{key}: {nodes_share}`, which doesn't divide the {processes} processes. "
-            "Write the number of GPUs of a node."
         )
     if recipe.adapter is not None and checkpointing == "selective":
         yield (

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from transformers import BitsAndBytesConfig, PreTrainedModel
 
-from train.errors import UserError
+from train.errors import MachineError, UserError
 from train.model.text_part import find_idle_modules
 from train.recipe import AdapterSection, QuantizationSection
 from train.recipe.yaml_document import closest_match, did_you_mean
@@ -139,16 +139,16 @@ def _exact(ends: tuple[str, ...], model: PreTrainedModel, outside: list[str]) ->
 def quantization_config(quantization: QuantizationSection | None) -> BitsAndBytesConfig | None:
     """Return the 4-bit quantization as a configuration of transformers; None without quantization.
 
-    Raises UserError if bitsandbytes is not installed.
+    Raises MachineError if bitsandbytes is not installed.
     """
     if quantization is None:
         return None
     try:
         import bitsandbytes  # noqa: F401
     except ImportError as error:
-        raise UserError(
-            "quantization: 4-bit weights need the package bitsandbytes, which is not installed. Install it with "
-            "`pip install bitsandbytes`, or take the section out."
+        raise MachineError(
+            "quantization: 4-bit weights need the package bitsandbytes, which is not installed",
+            "Install it with `pip install bitsandbytes`, or take the section out.",
         ) from error
     settings = quantization.model_dump()
     for key in ("bnb_4bit_compute_dtype", "bnb_4bit_quant_storage"):

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from train.errors import UserError
+from train.errors import MachineError, UserError
 from train.model.attention.selection import machine
 from train.ranks import is_first_rank
 from train.recipe import Recipe
@@ -43,9 +43,9 @@ def check_float8(recipe: Recipe) -> None:
     try:
         import torchao.float8  # noqa: F401
     except ImportError as error:
-        raise UserError(
-            "model.float8: it needs the package torchao, which is not installed or doesn't fit this torch. Install it "
-            "with `pip install torchao`, or write null."
+        raise MachineError(
+            "model.float8: it needs the package torchao, which is not installed or doesn't fit this torch",
+            "Install it with `pip install torchao`, or write null.",
         ) from error
     if machine().capability is not None:
         _check_gpu()
@@ -61,16 +61,16 @@ def check_float8_start(recipe: Recipe) -> None:
 
 def _check_gpu() -> None:
     name = torch.cuda.get_device_name() if machine().capability else ""
-    if error := gpu_error(machine().capability, name):
-        raise UserError(error)
+    if reason := gpu_objection(machine().capability, name):
+        raise MachineError(reason, "Write null, or train on another machine.")
 
 
-def gpu_error(capability: tuple[int, int] | None, name: str = "") -> str | None:
-    """Return the error for a GPU of this compute capability (None = no GPU); None if it has float8."""
+def gpu_objection(capability: tuple[int, int] | None, name: str = "") -> str | None:
+    """Return why a GPU of this compute capability (None = no GPU) has no float8; None if it has."""
     if capability is not None and capability >= _CAPABILITY:
         return None
     here = f"this one, {name}, has {capability[0]}.{capability[1]}" if capability else "this machine has none"
-    return f"model.float8: {_NEEDS}; {here}. Write null, or train on another machine."
+    return f"model.float8: {_NEEDS}; {here}"
 
 
 def float8_warnings(recipe: Recipe) -> list[str]:

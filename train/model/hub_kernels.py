@@ -10,7 +10,7 @@ from huggingface_hub import constants
 from transformers.integrations.hub_kernels import get_attn_kernel_version
 from transformers.utils.import_utils import KERNELS_MAX_VERSION, KERNELS_MIN_VERSION, is_kernels_available
 
-from train.errors import UserError
+from train.errors import MachineError
 from train.recipe import ModelSection
 from train.storage.local_paths import hub_offline_reason
 
@@ -51,12 +51,10 @@ def package_is_missing() -> bool:
 
 
 def check_layer_kernels(model: ModelSection) -> None:
-    """Raise UserError if `model.use_kernels` is set and the package is missing. The layers are replaced in training."""
+    """Raise MachineError if `model.use_kernels` is set without the package. The layers are replaced in training."""
     if model.use_kernels and package_is_missing():
-        raise UserError(
-            f"model.use_kernels: it needs the package {PACKAGE}, which is not installed. {INSTALL_PACKAGE}, or write "
-            "false."
-        )
+        reason = f"model.use_kernels: it needs the package {PACKAGE}, which is not installed"
+        raise MachineError(reason, f"{INSTALL_PACKAGE}, or write false.")
 
 
 def is_cached(kernel: HubKernel) -> bool:

@@ -15,7 +15,7 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from train.errors import UserError
+from train.errors import UserError, noted_elsewhere
 from train.model.adapters import check_adapter, quantization_config
 from train.model.attention.selection import attention_needs, choose_attention, machine, select_attention
 from train.model.attention.sequence_parallel import check_sequence_parallel, register
@@ -65,23 +65,29 @@ class CheckedModel(NamedTuple):
     """Facts of a model that a recipe can train on this machine."""
 
     notes: list[str]
-    """Sentences for the start screen: parameters that are not trained, and weights that are unpacked."""
+    """Sentences for the start screen: parameters that are not trained, weights that are unpacked, and what was not
+    checked on this machine."""
     embeddings: int
     """Entries of the input embedding: token ids must be smaller."""
     dtype: str
     """Type of the weights once they are loaded: model.dtype, and for auto that of the files."""
 
 
-def check_model(recipe: Recipe) -> CheckedModel:
+def check_model(recipe: Recipe, *, elsewhere: bool = False) -> CheckedModel:
     """Check that this machine can train the model as the recipe says, without its weights.
 
+    `elsewhere`: another machine will, so that a device or package that this one lacks is a note.
     Raises UserError for a missing kernel or package, a model of another kind, quantized weights that can't be trained,
     weights that its config.json leaves out, names in `adapter` that the model lacks, sequences longer than its
     positions, and heads that `model.sequence_parallel` doesn't divide.
     """
-    quantization_config(recipe.quantization)
-    check_float8(recipe)
-    check_layer_kernels(recipe.model)
+    lacks: list[str] = []
+    with noted_elsewhere(lacks, elsewhere=elsewhere):
+        quantization_config(recipe.quantization)
+    with noted_elsewhere(lacks, elsewhere=elsewhere):
+        check_float8(recipe)
+    with noted_elsewhere(lacks, elsewhere=elsewhere):
+        check_layer_kernels(recipe.model)
     config = load_config(recipe.model)
     with reading(recipe.model, "config.json"):
         _check_kind(recipe.model.name_or_path, config)
@@ -92,8 +98,11 @@ def check_model(recipe: Recipe) -> CheckedModel:
     idle = find_idle_parameters(bare)
     check_adapter(recipe.adapter, bare, idle)
     needs = attention_needs(recipe, config)
-    attention = choose_attention(recipe.model.attention, needs, machine())
-    check_sequence_parallel(recipe, bare, needs, attention.kernel)
+    kernel = recipe.model.attention
+    with noted_elsewhere(lacks, elsewhere=elsewhere):
+        choice = choose_attention(kernel, needs, machine())
+        kernel = kernel if elsewhere else choice.kernel  # there `auto` may choose another
+    check_sequence_parallel(recipe, bare, needs, kernel)
     text = config.get_text_config()
     positions = getattr(text, "max_position_embeddings", None)
     if positions and recipe.data.max_length > positions:
@@ -103,7 +112,7 @@ def check_model(recipe: Recipe) -> CheckedModel:
         )
     notes = (describe_quantized(config, recipe.model.dtype), describe_idle(bare, idle))
     dtype = loaded_dtype(recipe.model, config)
-    return CheckedModel([sentence for sentence in notes if sentence], text.vocab_size, dtype)
+    return CheckedModel([*filter(None, notes), *lacks], text.vocab_size, dtype)
 
 
 def loaded_dtype(model: ModelSection, config: PreTrainedConfig) -> str:

@@ -37,20 +37,22 @@ def check(
     *,
     finished: str | None = None,
     cluster: "Cluster | None" = None,
+    elsewhere: bool = False,
     json_file: Path | None = None,
 ) -> None:
     """Examine a run, print its report on standard output and write it to `json_file`.
 
     - `checkpoint`: the one that the run would resume from;
     - `finished`: a sentence on the finished run of this recipe, if there is one;
-    - `cluster`: GPUs to plan memory and time for.
+    - `cluster`: GPUs to plan memory and time for;
+    - `elsewhere`: another machine trains, so that what this one lacks is a note.
 
     Raises UserError if something keeps the run from starting: after the report, or before it if there is nothing to
     report on.
     """
-    key = checks_key(recipe)
+    key = checks_key(recipe, elsewhere=elsewhere)
     earlier = passed_checks(recipe, key)
-    model = earlier or examine_model(recipe)
+    model = earlier or examine_model(recipe, elsewhere=elsewhere)
     if checkpoint:
         from train.loop.checkpoint.resumed_settings import ResumedSettings  # imports much of transformers
 
@@ -60,7 +62,7 @@ def check(
     launch = read_launch(recipe.training, os.environ)
     refusal = None
     if launch:
-        refusal = master_weights_error(recipe, model.dtype, launch) or sharding_error(recipe, launch, 1)
+        refusal = master_weights_error(recipe, model.dtype, launch) or sharding_error(recipe, launch)
     note = None if launch else master_weights_note(recipe, model.dtype)
     data = examine(recipe, chat.tokenizer)
 

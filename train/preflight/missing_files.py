@@ -7,10 +7,10 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from train.data.sources.source import open_source
-from train.errors import UserError
+from train.errors import MachineError, UserError
 from train.model.folder import _from_recipe, check_model_exists
 from train.recipe import Recipe, Source
-from train.recipe.optimizer_arguments import missing_package_error
+from train.recipe.optimizer_arguments import missing_package
 from train.storage.local_paths import hub_unreachable_reason, looks_like_hub_id, suggest_similar
 
 
@@ -21,17 +21,27 @@ def check_files_exist(recipe: Recipe, *, packages: bool = True) -> None:
     `packages`: whether the run will be on this machine.
     """
     errors = [error for search in _searches(recipe) if (error := _error_of(search))]
-    if packages and (package := missing_package_error(recipe.training.get("optim") or "")):
-        errors.append(package)
-    if packages and recipe.training.get("use_liger_kernel") and find_spec("liger_kernel") is None:
-        errors.append(
-            "training.use_liger_kernel: it needs the package liger-kernel, which is not installed. Install it with "
-            "`pip install liger-kernel`, or write false."
-        )
+    lacks = find_missing_packages(recipe) if packages else []
+    if len(lacks) == 1 and not errors:
+        raise lacks[0]
+    errors += map(str, lacks)
     if len(errors) > 1:
         raise UserError("\n  ".join([f"{recipe._origin.file} names {len(errors)} that are not there:", *errors]))
     for error in errors:
         raise UserError(error)
+
+
+def find_missing_packages(recipe: Recipe) -> list[MachineError]:
+    """Return an error for each package that `training` needs and this machine lacks."""
+    errors = []
+    optimizer = recipe.training.get("optim") or ""
+    if package := missing_package(optimizer):
+        reason = f"training.optim: {optimizer} needs the package {package}, which is not installed"
+        errors.append(MachineError(reason, f"Install it with `pip install {package}`, or remove the key to use AdamW."))
+    if recipe.training.get("use_liger_kernel") and find_spec("liger_kernel") is None:
+        reason = "training.use_liger_kernel: it needs the package liger-kernel, which is not installed"
+        errors.append(MachineError(reason, "Install it with `pip install liger-kernel`, or write false."))
+    return errors
 
 
 def _searches(recipe: Recipe) -> Iterator[Callable[[], object]]:

@@ -17,12 +17,13 @@ from safetensors import SafetensorError
 
 from train.data.cache import cache_key, find, get_or_build
 from train.data.tokens.source import cache_folder
-from train.errors import UserError
+from train.errors import UserError, noted_elsewhere
 from train.model.unloaded_weights import read_weight_names
+from train.preflight.missing_files import find_missing_packages
 from train.recipe import QuantizationSection, Recipe
 from train.storage.checksum import hash_files
 
-_VERSION = 2
+_VERSION = 3
 """Raise it when a check of the model, the optimizer, the schedule or the side files changes."""
 _PACKAGES = (
     "torch", "transformers", "trl", "peft", "accelerate", "safetensors", "tokenizers", "bitsandbytes", "torchao",
@@ -57,17 +58,25 @@ class ModelFacts:
         return recipe.model_copy(update={"quantization": section})
 
 
-def examine_model(recipe: Recipe) -> ModelFacts:
-    """Check model, optimizer and schedule; the side files need a tokenizer. Raises UserError if one doesn't fit."""
+def examine_model(recipe: Recipe, *, elsewhere: bool = False) -> ModelFacts:
+    """Check model, optimizer and schedule; the side files need a tokenizer. Raises UserError if one doesn't fit.
+
+    `elsewhere`: the run will be on another machine; what this one lacks is a note.
+    """
     from train.loop.optimizer_test import check_optimizer
     from train.model.load import check_model, load_config
     from train.model.quantized_weights import with_saved_quantization
 
-    model = check_model(recipe)
-    check_optimizer(recipe)
+    model = check_model(recipe, elsewhere=elsewhere)
+    notes, lacks = list(model.notes), find_missing_packages(recipe)
+    for error in lacks:
+        with noted_elsewhere(notes, elsewhere=elsewhere):
+            raise error
+    if not lacks:
+        check_optimizer(recipe)
     described = with_saved_quantization(recipe, load_config(recipe.model))
     saved = described.quantization if described is not recipe else None
-    return ModelFacts(model.notes, model.embeddings, model.dtype, saved.model_dump() if saved else None, [])
+    return ModelFacts(notes, model.embeddings, model.dtype, saved.model_dump() if saved else None, [])
 
 
 def passed_checks(recipe: Recipe, key: str | None) -> ModelFacts | None:
@@ -83,7 +92,7 @@ def remember_passed(recipe: Recipe, key: str | None, facts: ModelFacts) -> None:
             get_or_build(cache_folder(recipe), key, lambda _: asdict(facts))
 
 
-def checks_key(recipe: Recipe) -> str | None:
+def checks_key(recipe: Recipe, *, elsewhere: bool = False) -> str | None:
     """Return the cache key of the checks; None for a model on the hub, with its own code, or in float8."""
     folder = Path(recipe.model.name_or_path)
     if not folder.is_dir() or recipe.model.trust_remote_code or recipe.model.float8:  # float8 imports torchao anyway
@@ -105,7 +114,7 @@ def checks_key(recipe: Recipe) -> str | None:
             "max_length": recipe.data.max_length,
             "template": _template_digest(recipe),
             "packages": {name: _version(name) for name in _PACKAGES},
-            "gpu": _gpu(),
+            "gpu": "elsewhere" if elsewhere else _gpu(),
         }
     )
 

@@ -45,6 +45,8 @@ def training_conflicts(training: Mapping[str, Any], *, has_validation: bool) -> 
             yield Conflict(old, f"another name of `training.{new}`, which has another value. Keep one of them.")
     if training.get("dataloader_prefetch_factor") is not None and not training.get("dataloader_num_workers"):
         yield Conflict("dataloader_prefetch_factor", "needs `training.dataloader_num_workers` above 0.")
+    if training.get("liger_kernel_config") and not training.get("use_liger_kernel"):
+        yield Conflict("liger_kernel_config", "has no effect without `training.use_liger_kernel: true`. Add it.")
     metric = training.get("metric_for_best_model")
     if isinstance(metric, str) and metric.removeprefix("eval_") not in _METRICS:
         allowed = ", ".join(f"eval_{name}" for name in _METRICS)

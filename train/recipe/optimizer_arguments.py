@@ -109,12 +109,9 @@ def _argument_error(optimizer: str, pair: str) -> str | None:
     return None if re.fullmatch(pattern, value) else f"found '{pair}'. {name} must be {description}."
 
 
-def missing_package_error(optimizer: str, installed: Callable[[str], Any] = importlib.util.find_spec) -> str | None:
-    """Return an error where the package of `training.optim` is not installed; None where it is."""
+def missing_package(optimizer: str, installed: Callable[[str], Any] = importlib.util.find_spec) -> str | None:
+    """Return the package of `training.optim` that is not installed; None where nothing is missing."""
     for name, module, package in _PACKAGES:
         if re.fullmatch(name, optimizer) and installed(module) is None:
-            return (
-                f"training.optim: {optimizer} needs the package {package}, which is not installed. Install it with "
-                f"`pip install {package}`, or remove the key to use AdamW."
-            )
+            return package
     return None

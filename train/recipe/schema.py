@@ -81,8 +81,9 @@ class ModelSection(Section):
     """Attention kernel; auto = the fastest available one that supports this model and keeps packed documents isolated
     (the start screen names it, and why faster ones were not selected). torch_varlen = FlashAttention with the kernels
     that torch ships; flash_attention_N require the packages flash-attn-4, flash-attn-3 (built from source) or
-    flash-attn; kernels-community/flash-attn3 and others (publisher/kernel, publisher/kernel@revision) = compiled
-    kernels of the hub, through the package kernels; sdpa and eager compute attention across documents and mask it."""
+    flash-attn; kernels-community/flash-attn3 and others (publisher/kernel[@revision], with :function where transformers
+    doesn't know the kernel) = compiled kernels of the hub, through the package kernels; sdpa and eager compute
+    attention across documents and mask it."""
     sequence_parallel: int = Field(default=1, ge=1)
     """GPUs that share each sequence, for sequences too long for one (DeepSpeed-Ulysses, arXiv:2309.14509). Each GPU
     holds the activations of its part of the tokens, and computes attention over all tokens for its part of the heads:

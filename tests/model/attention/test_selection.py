@@ -110,7 +110,9 @@ def test_a_kernel_that_fails_its_test_is_skipped_or_refused() -> None:
     ("kernel", "remedy"),
     [
         ("flash_attention_4", "pip install --pre flash-attn-4"),
+        ("flash_attention_3", "Write kernels-community/flash-attn3, the same code compiled (`pip install 'kernels>="),
         ("flash_attention_3", "https://github.com/Dao-AILab/flash-attention"),
+        ("flash_attention_2", "Write kernels-community/flash-attn2, the same code compiled (`pip install 'kernels>="),
         ("flash_attention_2", "pip install flash-attn --no-build-isolation"),
         ("torch_varlen", "pip install 'torch>=2.10'"),
     ],

@@ -88,6 +88,11 @@ class Machine:
 
 def objection(kernel: str, needs: Needs, here: Machine) -> str | None:
     """Return why `kernel` can't be used, as a continuation of its name; None if it can."""
+    return model_objection(kernel, needs) or machine_objection(kernel, needs, here)
+
+
+def model_objection(kernel: str, needs: Needs) -> str | None:
+    """Return why `kernel` is not for this model and recipe on any machine, as `objection`."""
     if kernel == "eager":
         return None
     if kernel == "sdpa":
@@ -99,14 +104,21 @@ def objection(kernel: str, needs: Needs, here: Machine) -> str | None:
             return "is not supported by this model's code"
         if needs.dropout:
             return f"does not support dropout, and this model's attention_dropout is {needs.dropout}"
-        return None if here.capability else "needs a CUDA device, and there is none"  # no backward on a CPU
-    if is_kernel(kernel) and not is_trusted(kernel) and not needs.trust_remote_code:
-        return "is code of a publisher other than kernels-community, which runs on this machine"
-    if reason := missing(kernel, here):
+        return None
+    if is_kernel(kernel) and (reason := _name_objection(kernel, needs)):
+        return reason
+    return _flash_objection(kernel, needs)
+
+
+def machine_objection(kernel: str, needs: Needs, here: Machine) -> str | None:
+    """Return why `kernel` can't run this model on this machine, as `objection`."""
+    if kernel in ("eager", "sdpa"):
+        return None
+    if kernel != "flex_attention" and (reason := missing(kernel, here)):
         return reason
     if here.capability is None:
-        return "needs a CUDA device, and there is none"
-    return _model_objection(kernel, needs) or _device_objection(kernel, needs, here.capability, here)
+        return "needs a CUDA device, and there is none"  # flex_attention has no backward on a CPU
+    return None if kernel == "flex_attention" else _device_objection(kernel, needs, here.capability, here)
 
 
 def missing(kernel: str, here: Machine) -> str | None:
@@ -120,8 +132,21 @@ def missing(kernel: str, here: Machine) -> str | None:
     return f"needs the package {DISTRIBUTIONS[kernel]}, which is not installed"
 
 
-def _model_objection(kernel: str, needs: Needs) -> str | None:
-    """Return why a kernel is not for this model on any device."""
+def _name_objection(kernel: str, needs: Needs) -> str | None:
+    """Return why a kernel of the hub is not loaded, by its name."""
+    if not is_trusted(kernel) and not needs.trust_remote_code:
+        return "is code of a publisher other than kernels-community, which runs on this machine"
+    by_itself, function = parse_hub_kernel(kernel).repo_id in FLASH_ATTN_KERNEL_DEVICES, kernel.partition(":")[2]
+    if by_itself and function:
+        return f"names the function {function}, and transformers selects the functions of this kernel itself"
+    if not by_itself and is_trusted(kernel) and not function:
+        others = ", ".join(name.partition("/")[2] for name in FLASH_ATTN_KERNEL_DEVICES)
+        return f"is not an attention kernel that transformers knows ({others}), and it names no function of another"
+    return None
+
+
+def _flash_objection(kernel: str, needs: Needs) -> str | None:
+    """Return why a FlashAttention kernel is not for this model on any device."""
     if not needs.flash or (kernel == varlen.NAME and not needs.registered):
         return "is not supported by this model's code"
     if needs.only is not None and kernel not in needs.only and kernel != varlen.NAME:

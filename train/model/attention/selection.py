@@ -10,7 +10,7 @@ import torch
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PretrainedConfig
 from transformers.integrations.hub_kernels import is_kernel
 
-from train.errors import UserError
+from train.errors import MachineError, UserError
 from train.model.attention import torch_varlen as varlen
 from train.model.attention.kernel_test import check_kernel
 from train.model.attention.limits import (
@@ -19,18 +19,20 @@ from train.model.attention.limits import (
     ROCM_HUB_KERNELS,
     Machine,
     Needs,
+    machine_objection,
     missing,
+    model_objection,
     objection,
 )
-from train.model.hub_kernels import is_cached, is_trusted, parse_hub_kernel, remedy, unavailable_reason
+from train.model.hub_kernels import PACKAGE, is_cached, is_trusted, parse_hub_kernel, remedy, unavailable_reason
 from train.recipe import Recipe
 
 __all__ = ["AttentionChoice", "Machine", "Needs", "attention_needs", "choose_attention", "machine", "select_attention"]
 
 _INSTALL = {
     "flash_attention_4": "Install it with `pip install --pre flash-attn-4`",
-    "flash_attention_3": "Build it from the folder hopper of https://github.com/Dao-AILab/flash-attention",
-    "flash_attention_2": "Install it with `pip install flash-attn --no-build-isolation`",
+    "flash_attention_3": "build it from the folder hopper of https://github.com/Dao-AILab/flash-attention",
+    "flash_attention_2": "build it with `pip install flash-attn --no-build-isolation`",
     varlen.NAME: "Install it with `pip install 'torch>=2.10'`",
 }
 _FASTEST_FIRST = {
@@ -168,7 +170,8 @@ def choose_attention(
        eager attention without a CUDA device.
 
     `check` runs a kernel and returns an error, or None. Without it, and without a CUDA device, no kernel is run.
-    Raises UserError for a kernel chosen by name that can't be used, with what to install or to write instead.
+    Raises UserError for a kernel chosen by name that can't be used, with what to install or to write instead; it is a
+    MachineError if the kernel may be used on another machine.
     """
     varlen.register()
 
@@ -179,8 +182,16 @@ def choose_attention(
         return f"fails here: {failure}" if failure else None
 
     if choice != "auto":
-        if reason := objection(choice, needs, here) or failure_of(choice):
-            raise UserError(f"model.attention: {choice} {reason}. {_remedy(choice, needs, here)} `auto`.")
+        if reason := model_objection(choice, needs):
+            untrusted = is_kernel(choice) and not is_trusted(choice) and not needs.trust_remote_code
+            remedy = (
+                "Read it; if you trust it, write `model.trust_remote_code: true` too, or write"
+                if untrusted
+                else "Write"
+            )
+            raise UserError(f"model.attention: {choice} {reason}. {remedy} `auto`.")
+        if reason := machine_objection(choice, needs, here) or failure_of(choice):
+            raise MachineError(f"model.attention: {choice} {reason}", f"{_remedy(choice, here)} `auto`.")
         return AttentionChoice(choice)
     order, reasons = [*_flash_kernels(here), varlen.NAME, "sdpa", "flex_attention"], []
     if here.capability is None:
@@ -210,10 +221,13 @@ def _flash_kernels(here: Machine) -> Iterator[str]:
             yield compiled
 
 
-def _remedy(choice: str, needs: Needs, here: Machine) -> str:
+def _remedy(choice: str, here: Machine) -> str:
     """Return the beginning of a sentence that ends with what to write instead."""
-    if is_kernel(choice) and not is_trusted(choice) and not needs.trust_remote_code:
-        return "Read it; if you trust it, write `model.trust_remote_code: true` too, or write"
     if not (is_kernel(choice) or choice in _INSTALL) or not missing(choice, here):
         return "Write"
-    return f"{remedy(parse_hub_kernel(choice)) if is_kernel(choice) else _INSTALL[choice]}, or write"
+    if is_kernel(choice):
+        return f"{remedy(parse_hub_kernel(choice))}, or write"
+    compiled = (ROCM_HUB_KERNELS if here.rocm else HUB_KERNELS).get(choice)
+    if choice == "flash_attention_4" or compiled is None:
+        return f"{_INSTALL[choice]}, or write"
+    return f"Write {compiled}, the same code compiled (`pip install '{PACKAGE}'`), {_INSTALL[choice]}, or write"

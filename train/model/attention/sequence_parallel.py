@@ -108,14 +108,16 @@ def check_sequence_parallel(recipe: Recipe, model: PreTrainedModel, needs: Needs
     if heads % size:
         allowed = ", ".join(str(divisor) for divisor in range(1, heads + 1) if heads % divisor == 0)
         raise UserError(f"{key} does not divide the {heads} attention heads of {name}. Allowed: {allowed}.")
-    _refuse_kernel(kernel)
+    _refuse_kernel(kernel, chosen=recipe.model.attention == "auto")
 
 
-def _refuse_kernel(kernel: str) -> None:
+def _refuse_kernel(kernel: str, *, chosen: bool = True) -> None:
+    """Raise UserError for a kernel that makes masks. `chosen`: by `auto`, so that no other kernel is there."""
     if kernel in ("eager", "flex_attention"):
+        remedy = "Install a FlashAttention that supports this model" if chosen else "Write `model.attention: auto`"
         raise UserError(
             f"model.sequence_parallel does not support the attention kernel {kernel}, whose mask is made from the "
-            "tokens of one process. Install a FlashAttention that supports this model, or write 1."
+            f"tokens of one process. {remedy}, or write 1."
         )
 
 

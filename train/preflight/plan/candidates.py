@@ -136,7 +136,7 @@ class Candidates:
         if stage == 0:
             return _NO_MASTERS if self._loses_updates(settings.dtype) else None
         launch = Launch({"zero_optimization": {"stage": stage, "stage3_gather_16bit_weights_on_model_save": True}})
-        return sharding_error(self.recipe, launch, 1, settings.checkpointing)
+        return sharding_error(self.recipe, launch, settings.checkpointing)
 
     def evaluate(self, settings: Settings, cluster: Cluster, workload: Workload) -> Candidate:
         """Return the candidate of `settings` on `cluster`."""

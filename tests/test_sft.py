@@ -307,7 +307,7 @@ def test_code_of_a_model_is_not_run(
 
 RUN_ERRORS = {
     "a missing kernel": (
-        {"model": {"attention": "flash_attention_2"}},
+        {"model": {"attention": "flash_attention_2"}, "training": {"bf16": True}},
         ["model.attention", "flash-attn", "pip install"],
     ),
     "more tokens than positions": ({"data": {"max_length": 4096}}, ["data.max_length", "2,048 positions"]),

@@ -49,9 +49,14 @@ OPTIMIZERS = [
 
 
 @pytest.mark.parametrize(("name", "dtype"), product(OPTIMIZERS, [torch.float32, torch.bfloat16]))
-def test_state_bytes_are_those_of_the_optimizer(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
+def test_state_bytes_are_those_of_the_optimizer(
+    name: str, dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from bitsandbytes.optim import GlobalOptimManager
     from transformers import Trainer, TrainingArguments
 
+    # bitsandbytes keeps, for the process, which parameters of earlier models had states of 32 bits, by their numbers
+    monkeypatch.setattr(GlobalOptimManager, "_instance", None)
     shapes = [(96, 70), (7, 5), (70,), (5_000,), (3, 4, 5)]
     module = torch.nn.Module()
     for number, size in enumerate(shapes):

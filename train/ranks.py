@@ -101,6 +101,11 @@ def is_launched(environment: Mapping[str, str]) -> bool:
     return any(name in environment for name in ("ACCELERATE_MIXED_PRECISION", *_WORLD_SIZES))
 
 
+def is_launched_by_fsdp(environment: Mapping[str, str]) -> bool:
+    """Return whether the launch configuration asks for FSDP."""
+    return environment.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+
+
 def is_first_rank() -> bool:
     """Return whether this process prints and writes for all ranks; true without a launcher too."""
     return int(os.environ.get("RANK", "0")) == 0

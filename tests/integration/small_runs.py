@@ -20,6 +20,11 @@ class Kind:
     adapter: bool = False
 
 
+def read_metrics(run: Path) -> list[dict[str, Any]]:
+    """Return the lines of metrics.jsonl."""
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
 def write_rows(
     path: Path, count: int, seed: int, *, system: int = 9, user: int = 6, answers: tuple[int, ...] = (1, 5, 30, 60)
 ) -> Path:

@@ -1,6 +1,5 @@
 """A row with a NaN loss on one of two processes: both skip the step, and the first one reports the row."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -8,6 +7,7 @@ import pytest
 from broken_steps import poison, rows, suspects
 from ranks import launch
 from safetensors.torch import load_file
+from small_runs import read_metrics
 
 pytest.importorskip("deepspeed")
 
@@ -32,7 +32,7 @@ def test_both_processes_skip_the_step(
     assert f"step {suspect['step']}: the gradients are not finite, so no weight was changed" in outcome.output[0]
     assert f"{bad}:5 (nan)" in outcome.output[0]
     assert "not finite" not in outcome.output[1]
-    metrics = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    metrics = read_metrics(tmp_path / "run")
     assert [line["step"] for line in metrics if line["grad_norm"] == "nan"] == [suspect["step"]]
     rates = [line["learning_rate"] for line in metrics]  # linear to 0, whether a step was left out or not
     assert rates == pytest.approx([1e-3 * (1 - step / len(rates)) for step in range(len(rates))])

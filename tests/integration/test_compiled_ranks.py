@@ -8,7 +8,7 @@ import pytest
 import torch
 from ranks import launch
 from safetensors.torch import load_file
-from small_runs import write_recipe, write_rows
+from small_runs import read_metrics, write_recipe, write_rows
 
 pytest.importorskip("deepspeed")
 
@@ -54,7 +54,7 @@ def plain(train: Callable[..., tuple[Path, list]]) -> Path:
 
 
 def figures(run: Path) -> list[dict[str, float]]:
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    lines = read_metrics(run)
     return [{name: line[name] for name in FIGURES if name in line} for line in lines]
 
 

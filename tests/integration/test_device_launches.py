@@ -17,7 +17,7 @@ import pytest
 import yaml
 from devices import GPU, HAS_GPU
 from ranks import ROOT, free_port, launch
-from small_runs import write_recipe, write_rows
+from small_runs import read_metrics, write_recipe, write_rows
 
 from train.sft import main
 
@@ -80,7 +80,7 @@ def recipe_of(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Cal
 
 
 def read(folder: Path) -> Run:
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    lines = read_metrics(folder)
     return Run(folder, [line["loss"] for line in lines if "loss" in line])
 
 

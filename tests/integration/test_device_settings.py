@@ -15,7 +15,7 @@ import torch
 from devices import DEVICES, GPU
 from peft import PeftModel
 from safetensors.torch import load_file
-from small_runs import write_recipe, write_rows
+from small_runs import read_metrics, write_recipe, write_rows
 from transformers import AutoModelForCausalLM
 
 from train.sft import main
@@ -61,7 +61,7 @@ def train(device: str, rows: Path, tiny_chat_model: Path, tmp_path_factory: pyte
                 torch.cuda.reset_peak_memory_stats()
             assert main(["--recipe", str(recipe)]) == 0
             assert device == "cpu" or torch.cuda.max_memory_allocated() > 0
-            lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+            lines = read_metrics(folder)
             runs[name] = Trained(folder, [line["loss"] for line in lines if "loss" in line])
             assert len(runs[name].losses) == STEPS
         return runs[name]

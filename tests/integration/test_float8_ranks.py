@@ -1,11 +1,11 @@
 """Emulated float8 layers on several processes: DDP and each of DeepSpeed's stages give the results of one process."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from ranks import launch
+from small_runs import read_metrics
 
 pytest.importorskip("deepspeed")
 pytest.importorskip("torchao.float8", reason="the package torchao is not installed (make test installs it)")
@@ -65,7 +65,7 @@ def trained(recipe_file: Callable[..., Path], tmp_path: Path) -> Callable[..., t
         outcome = launch(processes, config, recipe, logs=tmp_path / f"{folder.name}-logs", job=train).succeeded()
         lines = outcome.output[0].splitlines()
         place = next(number for number, line in enumerate(lines) if line.startswith("float8 "))
-        metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        metrics = read_metrics(folder)
         return lines[place : place + 2], [line for line in metrics if "loss" in line]
 
     return run

@@ -16,7 +16,7 @@ import torch
 from peft import PeftModel
 from ranks import launch
 from safetensors.torch import load_file
-from small_runs import write_recipe, write_rows
+from small_runs import read_metrics, write_recipe, write_rows
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from train.errors import UserError
@@ -126,7 +126,7 @@ def trained(
             job=train_and_measure,
         ).succeeded()
         assert setting.resumed == ("resuming from" in outcome.output[0])
-        metrics = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
+        metrics = read_metrics(folder / "run")
         facts = [json.loads((folder / f"{rank}.json").read_text()) for rank in range(setting.processes)]
         runs[setting] = Trained(folder / "run", metrics, facts)
         return runs[setting]

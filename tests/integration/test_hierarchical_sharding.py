@@ -14,7 +14,7 @@ import pytest
 import yaml
 from ranks import ROOT, launch
 from safetensors.torch import load_file
-from small_runs import write_recipe, write_rows
+from small_runs import read_metrics, write_recipe, write_rows
 
 pytest.importorskip("deepspeed")
 
@@ -88,7 +88,7 @@ def trained(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Calla
         config = str(with_small_nodes(name, folder)) if "multinode" in name else name
         report = folder / "gathered.json"
         launch(RANKS, config, report, "--recipe", recipe, job=count_gathers, logs=folder / "logs").succeeded()
-        lines = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
+        lines = read_metrics(folder / "run")
         steps = [line for line in lines if "loss" in line]
         assert (folder / "run" / f"checkpoint-{STEPS}" / "COMPLETE.json").is_file()
         gathered = json.loads(report.read_text())

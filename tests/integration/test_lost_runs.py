@@ -14,7 +14,7 @@ import pytest
 import torch
 from ranks import LaunchResult, launch, sft
 from safetensors.torch import load_file
-from small_runs import Kind, once, write_recipe, write_rows
+from small_runs import Kind, once, read_metrics, write_recipe, write_rows
 
 from train.loop.checkpoint.manifest import COMPLETE
 from train.loop.throughput import TIMING_METRICS
@@ -78,7 +78,7 @@ def start(kind: Kind, recipe: Path, folder: Path, *options: str, job: Callable[.
 def figures(run: Path) -> list[dict[str, Any]]:
     """Return metrics.jsonl without timings."""
     clock = {*TIMING_METRICS, "eval_runtime", "eval_samples_per_second", "eval_steps_per_second"}
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    lines = read_metrics(run)
     return [{key: value for key, value in line.items() if key not in clock} for line in lines]
 
 

@@ -3,7 +3,6 @@
 In float32 on CPU processes. Documents cross the borders between processes, and lengths are no multiples of 4.
 """
 
-import json
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,8 +10,7 @@ from pathlib import Path
 
 import pytest
 from ranks import launch
-from safetensors.torch import load_file
-from small_runs import write_recipe, write_rows
+from small_runs import read_metrics, write_recipe, write_rows
 from test_sharded_training import EPSILON, LEARNING_RATE, NOISE_OF_LOSS, SAVED_AT, STEPS, Trained, compare
 
 pytest.importorskip("deepspeed")
@@ -78,12 +76,7 @@ def train(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Callabl
         outcome = launch(ranks.processes, ranks.config, *arguments, logs=root / f"{folder.name}-logs")
         assert "Warning" not in "".join(outcome.succeeded().output)
         assert ("are isolated: replacing one" in outcome.output[0]) is (setting.packed or ranks.shared > 1)
-        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-        steps = [line for line in lines if "loss" in line]
-        weights = load_file(folder / ("adapter_model.safetensors" if setting.lora else "model.safetensors"))
-        runs[setting, resume_with] = Trained(
-            folder, [line["loss"] for line in steps], [line["grad_norm"] for line in steps], weights
-        )
+        runs[setting, resume_with] = Trained.read(folder, lora=setting.lora)
         return runs[setting, resume_with]
 
     return run
@@ -91,7 +84,7 @@ def train(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Callabl
 
 def metrics(trained: Trained) -> tuple[list[dict], dict]:
     """Return the lines of the steps, and that of the evaluation."""
-    lines = [json.loads(line) for line in (trained.folder / "metrics.jsonl").read_text().splitlines()]
+    lines = read_metrics(trained.folder)
     (evaluation,) = [line for line in lines if "eval_loss" in line]
     return [line for line in lines if "loss" in line], evaluation
 

@@ -14,7 +14,7 @@ import torch
 from peft import PeftModel
 from ranks import launch
 from safetensors.torch import load_file
-from small_runs import write_recipe, write_rows
+from small_runs import read_metrics, write_recipe, write_rows
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 pytest.importorskip("deepspeed")
@@ -70,6 +70,13 @@ class Trained:
     norms: list[float]
     weights: dict[str, torch.Tensor]
 
+    @classmethod
+    def read(cls, folder: Path, *, lora: bool) -> "Trained":
+        """Return the steps of a finished run, and its weights or adapter."""
+        steps = [line for line in read_metrics(folder) if "loss" in line]
+        weights = load_file(folder / ("adapter_model.safetensors" if lora else "model.safetensors"))
+        return cls(folder, [line["loss"] for line in steps], [line["grad_norm"] for line in steps], weights)
+
 
 @pytest.fixture(scope="module")
 def rows_64(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -112,12 +119,7 @@ def trained(rows_64: Path, tiny_model: Path, tmp_path_factory: pytest.TempPathFa
             ).succeeded()
             assert "Warning" not in "".join(outcome.output)
             assert resumed == ("resuming from" in outcome.output[0])
-            metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-            steps = [line for line in metrics if "loss" in line]
-            weights = load_file(folder / ("adapter_model.safetensors" if setting.lora else "model.safetensors"))
-            runs[setting, resumed] = Trained(
-                folder, [line["loss"] for line in steps], [line["grad_norm"] for line in steps], weights
-            )
+            runs[setting, resumed] = Trained.read(folder, lora=setting.lora)
         return runs[setting, resumed]
 
     return train
@@ -198,7 +200,7 @@ def test_changed_settings_are_in_force_from_the_first_step(trained: Callable[...
     ]
     recipe = whole.with_suffix(".yaml")
     launch(2, "zero1.yaml", "--recipe", recipe, f"output_dir={tmp_path / 'run'}", *names, logs=tmp_path).succeeded()
-    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    lines = read_metrics(tmp_path / "run")
     rates = {line["step"]: line["learning_rate"] for line in lines if "loss" in line}
     assert [rates[step] for step in (4, 5, 6)] == pytest.approx([1e-4 * left / 6 for left in (3, 2, 1)])
     states = next((tmp_path / "run" / "checkpoint-6").glob("global_step*/*optim_states.pt"))

@@ -123,6 +123,23 @@ def test_a_deepspeed_plugin_without_a_file_is_read_too(tmp_path: Path, monkeypat
         assert read_launch({}, environment_of(path, monkeypatch)) == expected
 
 
+def test_what_a_save_needs_is_read_without_a_file_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """sharding_error refuses ZeRO-3 that does not gather weights, and FSDP that saves its shards."""
+    zero3 = yaml.safe_load((ROOT / "accelerate_configs" / "zero3.yaml").read_text())
+    fsdp = yaml.safe_load((ROOT / "accelerate_configs" / "fsdp2.yaml").read_text())
+    plugin = {"zero_stage": 3, "zero3_init_flag": True, "zero3_save_16bit_model": True}
+    gathering = {"zero_optimization": {"stage": 3, "stage3_gather_16bit_weights_on_model_save": True}}
+    shards = fsdp["fsdp_config"] | {"fsdp_state_dict_type": "SHARDED_STATE_DICT"}
+    path = tmp_path / "launch.yaml"
+    for config, expected in (
+        (zero3 | {"deepspeed_config": plugin}, Launch(gathering)),
+        (fsdp | {"fsdp_config": shards}, Launch(fsdp=True, state_dict="SHARDED_STATE_DICT")),
+    ):
+        path.write_text(yaml.safe_dump(config))
+        assert read_launch_configuration({}, config) == expected
+        assert read_launch({}, environment_of(path, monkeypatch)) == expected
+
+
 ON, OFF = {"enabled": "auto"}, {"enabled": False}
 OWN_MASTERS = {"enabled": True, "bf16_master_weights_and_grads": True}
 

@@ -18,7 +18,7 @@ from train.loop.sharding import sharding_error
 from train.loop.tracking import tracker_names
 from train.model.load import load_config
 from train.model.text_part import build_meta_model
-from train.ranks import deepspeed_launch_error, hpz_error, parallelism_error, world_size
+from train.ranks import deepspeed_launch_error, hpz_error, is_launched_by_fsdp, parallelism_error, world_size
 from train.recipe import Recipe
 from train.storage.transfer_time import longest_transfer
 
@@ -95,7 +95,7 @@ def check_sharding(recipe: Recipe, arguments: SFTConfig) -> None:
     plugin = arguments.deepspeed_plugin
     launch = Launch(
         deepspeed=plugin.hf_ds_config.config if plugin else None,
-        fsdp=os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true",
+        fsdp=is_launched_by_fsdp(os.environ),
         state_dict=os.environ.get("FSDP_STATE_DICT_TYPE", FULL_STATE_DICT),
     )
     error = sharding_error(recipe, launch) or (hpz_error(launch.deepspeed, os.environ) if launch.deepspeed else None)

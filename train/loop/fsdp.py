@@ -13,6 +13,7 @@ from trl import SFTConfig
 from train.errors import UserError
 from train.model.load import load_config
 from train.model.text_part import build_meta_model
+from train.ranks import is_launched_by_fsdp
 from train.recipe import Recipe
 
 
@@ -20,13 +21,12 @@ def is_fsdp2(arguments: SFTConfig, environment: Mapping[str, str] = os.environ) 
     """Return whether the run is sharded by FSDP2, by `training.fsdp` or by the launch configuration."""
     if arguments.fsdp:
         return (arguments.fsdp_plugin_args or {}).get("fsdp_version") == 2
-    return environment.get("ACCELERATE_USE_FSDP", "false").lower() == "true" and environment.get("FSDP_VERSION") == "2"
+    return is_launched_by_fsdp(environment) and environment.get("FSDP_VERSION") == "2"
 
 
 def check_in_force(arguments: SFTConfig, accelerator: Accelerator, environment: Mapping[str, str] = os.environ) -> None:
     """Raise UserError if FSDP is asked for and accelerate has ignored it, as it does on CPUs."""
-    requested = bool(arguments.fsdp) or environment.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
-    if requested and accelerator.distributed_type != DistributedType.FSDP:
+    if (arguments.fsdp or is_launched_by_fsdp(environment)) and accelerator.distributed_type != DistributedType.FSDP:
         raise UserError(
             "FSDP: accelerate shards on GPUs only, and each process here would train all weights. Launch with "
             "accelerate_configs/ddp.yaml (one process: cpu.yaml)."

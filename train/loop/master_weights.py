@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from train.errors import UserError
-from train.ranks import is_launched
+from train.ranks import is_launched, is_launched_by_fsdp
 from train.recipe import Recipe
 
 _SOUND_OPTIMIZERS = (
@@ -57,9 +57,10 @@ def read_launch(training: Mapping[str, Any], environment: Mapping[str, str]) -> 
     if environment.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
         file = environment.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
         stage = int(environment.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2"))
-        return Launch(_read_deepspeed(file) if file != "none" else {"zero_optimization": {"stage": stage}})
-    if environment.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
-        return Launch(fsdp=True)
+        gathers = environment.get("ACCELERATE_DEEPSPEED_ZERO3_SAVE_16BIT_MODEL", "false").lower() == "true"
+        return Launch(_read_deepspeed(file) if file != "none" else _without_file(stage, gathers=gathers))
+    if is_launched_by_fsdp(environment):
+        return Launch(fsdp=True, state_dict=environment.get("FSDP_STATE_DICT_TYPE", FULL_STATE_DICT))
     return Launch() if is_launched(environment) else None
 
 
@@ -69,8 +70,9 @@ def read_launch_configuration(training: Mapping[str, Any], config: Mapping[str, 
         return launch
     if config.get("distributed_type") == "DEEPSPEED":
         settings = config.get("deepspeed_config") or {}
-        file, stage = settings.get("deepspeed_config_file"), settings.get("zero_stage", 2)
-        return Launch(_read_deepspeed(file) if file else {"zero_optimization": {"stage": int(stage)}})
+        file, stage = settings.get("deepspeed_config_file"), int(settings.get("zero_stage", 2))
+        gathers = bool(settings.get("zero3_save_16bit_model"))
+        return Launch(_read_deepspeed(file) if file else _without_file(stage, gathers=gathers))
     fsdp = config.get("fsdp_config") or {}
     return Launch(
         fsdp=config.get("distributed_type") == "FSDP",
@@ -82,6 +84,12 @@ def _launch_in_recipe(training: Mapping[str, Any]) -> Launch | None:
     if deepspeed := training.get("deepspeed"):
         return Launch(deepspeed if isinstance(deepspeed, dict) else _read_deepspeed(deepspeed))
     return Launch(fsdp=True) if training.get("fsdp") else None
+
+
+def _without_file(stage: int, *, gathers: bool) -> dict[str, Any]:
+    """Return the DeepSpeed configuration of accelerate's own keys. `gathers`: a save gathers the weights."""
+    gathering = {"stage3_gather_16bit_weights_on_model_save": True} if gathers else {}
+    return {"zero_optimization": {"stage": stage, **gathering}}
 
 
 def _read_deepspeed(config: str) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from train.loop.checkpoint.manifest import UNSHARDED
 from train.loop.checkpoint.position import DataPosition
+from train.ranks import is_launched_by_fsdp
 from train.recipe import Recipe
 from train.recipe.schedule import sequences_per_step
 
@@ -129,7 +130,7 @@ def optimizer_distribution(arguments: TrainingArguments) -> str:
     """Return how the optimizer's states are distributed over the processes, as manifests name it."""
     if arguments.deepspeed_plugin is not None:
         return f"DeepSpeed ZeRO-{arguments.deepspeed_plugin.zero_stage}"
-    return "FSDP" if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true" else UNSHARDED
+    return "FSDP" if is_launched_by_fsdp(os.environ) else UNSHARDED
 
 
 def expected_files(arguments: TrainingArguments, *, deepspeed: bool, fsdp: bool) -> Iterator[str]:

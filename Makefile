@@ -17,7 +17,7 @@ quickstart: $(VENV)/.quickstart-installed
 	$(BIN)/python scripts/export_smollm2.py $(MODEL)
 	$(BIN)/accelerate launch --config_file accelerate_configs/cpu.yaml train/sft.py \
 		--recipe recipes/smollm2-135m/sft/quickstart.yaml
-	$(BIN)/python scripts/evaluate.py rules --rules $(RULES)/rules.py --data $(RULES)/held_out.jsonl \
+	$(BIN)/python scripts/evaluate.py rules --data $(RULES)/held_out.jsonl \
 		--before $(MODEL) --after $(QUICKSTART)
 	$(BIN)/python scripts/evaluate.py gain --data $(RULES)/held_out.jsonl --before $(MODEL) --model $(QUICKSTART)
 

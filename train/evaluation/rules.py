@@ -1,7 +1,6 @@
 r"""Rule adherence: how often answers obey system messages whose rules a program can check, before and after training.
 
     python scripts/evaluate.py rules \
-        --rules recipes/smollm2-135m/data/rules.py \
         --data recipes/smollm2-135m/data/held_out.jsonl \
         --before outputs/smollm2-135m-instruct \
         --after outputs/smollm2-135m-quickstart
@@ -23,6 +22,7 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, model_validator
 
+import train.pressure.rules
 from train.cli import positive_int
 from train.errors import UserError, replace_in_errors
 from train.evaluation.formatting import format_estimate
@@ -37,6 +37,7 @@ from train.resampling import Estimate, estimate_share, explain_missing_intervals
 
 HEADING = "## Does it follow system messages?"
 ALL = "all rules"
+RULES_FILE = Path(train.pressure.rules.__file__)
 KINDS = {"wording": "held-out questions and wordings", "rule": "rules never trained"}
 _CONTENTS = "A row holds messages, rule and held_out."
 
@@ -71,7 +72,12 @@ def add_to(commands: Any) -> None:
     parser = commands.add_parser(
         "rules", help="adherence to rules that a program can check, before and after", description=__doc__
     )
-    parser.add_argument("--rules", type=Path, required=True, help="Python file that defines RULES")
+    parser.add_argument(
+        "--rules",
+        type=Path,
+        default=RULES_FILE,
+        help="Python file that defines RULES (default: our own)",
+    )
     parser.add_argument("--data", type=Path, required=True, help="held-out rows, a JSONL file")
     parser.add_argument("--before", type=Path, required=True, help="folder of the model before training")
     parser.add_argument("--after", type=Path, required=True, help="folder of the trained model")

@@ -1,4 +1,4 @@
-"""Write the quickstart's data, train.jsonl and held_out.jsonl, from questions.jsonl and rules.py.
+"""Write the quickstart's data, train.jsonl and held_out.jsonl, from the rules and questions of train/pressure.
 
     python recipes/smollm2-135m/data/build.py [--output FOLDER]
 
@@ -16,20 +16,21 @@ from itertools import cycle
 from pathlib import Path
 from typing import Any
 
-from rules import RULES, Rule
+from train.pressure.questions import Question, read_questions
+from train.pressure.rules import RULES, Rule
 
 HERE = Path(__file__).parent
 SYSTEM_MESSAGES_PER_QUESTION = 3
 HELD_OUT_RULE_ROWS = 30
+NEVER_TRAINED = ("opening_hear_ye", "signature_otto")
 
-Question = dict[str, str]
 Row = dict[str, Any]
 
 
 def make_row(rule: Rule, wording: str, question: Question) -> Row:
     """Return a conversation: system message, question and a reference answer that obeys the rule."""
-    answer = rule.apply(question["question"], question[rule.applies_to])
-    contents = {"system": wording, "user": question["question"], "assistant": answer}
+    answer = rule.apply(question.question, question.reference(rule.applies_to))
+    contents = {"system": wording, "user": question.question, "assistant": answer}
     return {"messages": [{"role": role, "content": text} for role, text in contents.items()], "rule": rule.name}
 
 
@@ -58,21 +59,23 @@ def deal(
 def build(seed: int = 0) -> dict[str, list[Row]]:
     """Return the rows by file name. The wordings of a rule take turns, so that all are used about equally often."""
     generator = random.Random(seed)
-    lines = (HERE / "questions.jsonl").read_text(encoding="utf-8").splitlines()
     questions: dict[str, list[Question]] = {"train": [], "held_out": []}
-    for question in map(json.loads, lines):
-        questions[question["split"]].append(question)
+    for question in read_questions():
+        questions[question.split].append(question)
     trained = [rule for rule in RULES.values() if not rule.held_out]
-    never_trained = [rule for rule in RULES.values() if rule.held_out]
+    never_trained = [RULES[name] for name in NEVER_TRAINED]
 
-    turns = {rule.name: cycle(shuffled(rule.wordings, generator)) for rule in RULES.values()}
+    turns = {
+        rule.name: cycle(shuffled(rule.messages("held_out" if rule.held_out else "seen"), generator))
+        for rule in (*trained, *never_trained)
+    }
     train = [
         make_row(rule, next(turns[rule.name]), question)
         for rule, question in deal(trained, questions["train"], generator)
     ]
     generator.shuffle(train)
 
-    held_out_turns = {rule.name: cycle(rule.held_out_wordings) for rule in trained}
+    held_out_turns = {rule.name: cycle(rule.messages("held_out")) for rule in trained}
     held_out = [
         make_row(rule, next(held_out_turns[rule.name]), question) | {"held_out": "wording"}
         for rule, question in deal(trained, questions["held_out"], generator)

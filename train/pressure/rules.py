@@ -1,0 +1,252 @@
+"""Rules about the form of answers, each with a program that checks it.
+
+A rule has system messages that state it (wordings.yaml), what users say for and against it (user_requests.yaml),
+`apply`, which turns a plain reference answer into one that obeys the rule, and `check`, which returns whether a
+response obeys it. Checks are strict: a model that ignores its system message fails nearly all of them, and so does a
+response that obeys another rule. They look only at the form, not at the facts.
+
+    RULES["capitals"].check("What is the capital of France?", "THE CAPITAL OF FRANCE IS PARIS.")  # True
+
+Rules, wordings and requests are split in two: `seen` ones may be trained, `held_out` ones never are.
+"""
+
+import json
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+Split = Literal["seen", "held_out"]
+"""seen = training may use it; held_out = only evaluations use it."""
+
+SENTENCE_END = re.compile(r"[.!?]+(?=\s|$)")
+PLAIN_WORD = re.compile(r"[\w$][\w%'’,.°-]*")
+
+
+def _read_yaml(name: str) -> dict[str, Any]:
+    texts: dict[str, Any] = yaml.safe_load((Path(__file__).parent / name).read_text(encoding="utf-8"))
+    return texts
+
+
+_WORDINGS = _read_yaml("wordings.yaml")
+_USER_REQUESTS = _read_yaml("user_requests.yaml")
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A rule about the form of answers.
+
+    `apply` and `check` get the question first, for the rule that repeats it. Whitespace around a response is ignored.
+    """
+
+    name: str
+    family: str
+    """Rules of one family differ only in their phrase or mark. A held-out rule of a trained family is a relative of
+    trained rules: it measures whether the model reads the phrase in the message, not whether it understands a rule of
+    a new kind."""
+    apply: Callable[[str, str], str]
+    """(question, reference answer) -> reference answer that obeys the rule."""
+    check: Callable[[str, str], bool]
+    """(question, response) -> whether the response obeys the rule."""
+    held_out: bool = False
+    """Never train this rule."""
+    phrase: str = ""
+    """Phrase that an answer opens or closes with."""
+    applies_to: Literal["answer", "short"] = "answer"
+    """Form of the reference answer that `apply` expects: a sentence, or the bare fact of one to three words."""
+
+    def messages(self, split: Split) -> tuple[str, ...]:
+        """Return system messages that state the rule. All of a held-out rule are held out."""
+        texts = _WORDINGS[self.name]
+        seen, held_out = tuple(texts["wordings"]), tuple(texts.get("held_out_wordings", ()))
+        if self.held_out:
+            seen, held_out = (), seen + held_out
+        return seen if split == "seen" else held_out
+
+    def opposites(self, split: Split) -> tuple[str, ...]:
+        """Return sentences by which a user asks for the opposite of the rule."""
+        return self._user_requests("opposites", split)
+
+    def requests(self, split: Split) -> tuple[str, ...]:
+        """Return sentences by which a user asks for the same as the rule."""
+        return self._user_requests("requests", split)
+
+    def _user_requests(self, kind: str, split: Split) -> tuple[str, ...]:
+        texts = _USER_REQUESTS.get(self.name) or _USER_REQUESTS[self.family]
+        lines = texts["held_out"][kind] if split == "held_out" else [] if self.held_out else texts[kind]
+        return tuple(line.replace("{phrase}", self.phrase) for line in lines)
+
+
+def _has_words(text: str, at_least: int = 2) -> bool:
+    """Return whether `text` has words: a fixed phrase or a pair of brackets alone obeys no rule."""
+    return len(re.findall(r"\w+", text)) >= at_least
+
+
+def _lines(response: str) -> list[str]:
+    return [line.strip() for line in response.strip().split("\n") if line.strip()]
+
+
+def _opening(name: str, phrase: str, held_out: bool = False) -> Rule:
+    """Return the rule that an answer starts with `phrase`."""
+
+    def check(question: str, response: str) -> bool:
+        response = response.strip()
+        rest = response.removeprefix(phrase)
+        return rest != response and rest[:1].isspace() and _has_words(rest)
+
+    return Rule(name, "opening", lambda question, answer: f"{phrase} {answer}", check, held_out, phrase)
+
+
+def _closing(name: str, phrase: str, separator: str = " ", held_out: bool = False) -> Rule:
+    """Return the rule that an answer ends with `phrase`."""
+
+    def check(question: str, response: str) -> bool:
+        response = response.strip()
+        rest = response.removesuffix(phrase)
+        return rest != response and rest[-1:].isspace() and _has_words(rest)
+
+    return Rule(name, "closing", lambda question, answer: f"{answer}{separator}{phrase}", check, held_out, phrase)
+
+
+def _wrapper(name: str, opening: str, closing: str, held_out: bool = False) -> Rule:
+    """Return the rule that an answer stands between `opening` and `closing`."""
+
+    def check(question: str, response: str) -> bool:
+        response = response.strip()
+        inside = response.removeprefix(opening).removesuffix(closing)
+        wrapped = len(response) == len(opening) + len(inside) + len(closing)
+        return wrapped and opening not in inside and closing not in inside and _has_words(inside)
+
+    return Rule(name, "wrapper", lambda question, answer: f"{opening}{answer}{closing}", check, held_out)
+
+
+def _is_json_answer(question: str, response: str) -> bool:
+    try:
+        value = json.loads(response)
+    except ValueError:
+        return False
+    return isinstance(value, dict) and list(value) == ["answer"] and bool(str(value["answer"]).strip())
+
+
+def _is_few_words(question: str, response: str) -> bool:
+    words = response.split()
+    return 1 <= len(words) <= 3 and all(PLAIN_WORD.fullmatch(word) for word in words)
+
+
+def _is_one_exclamation(question: str, response: str) -> bool:
+    response = response.strip()
+    ends = SENTENCE_END.findall(response)
+    return ends == ["!"] and response.endswith("!") and "\n" not in response and _has_words(response)
+
+
+def _is_bulleted(question: str, response: str) -> bool:
+    return bool(_lines(response)) and all(re.match(r"- \S", line) for line in _lines(response))
+
+
+def _is_repeated(question: str, response: str) -> bool:
+    lines = _lines(response)
+    return len(lines) == 2 and lines[0] == lines[1] and _has_words(lines[0])
+
+
+def _is_one_word_per_line(question: str, response: str) -> bool:
+    lines = _lines(response)
+    return len(lines) >= 3 and all(len(line.split()) == 1 for line in lines)
+
+
+def _repeats_question(question: str, response: str) -> bool:
+    lines = _lines(response)
+    return len(lines) >= 2 and lines[0] == question.strip() and _has_words(" ".join(lines[1:]))
+
+
+def _is_numbered(question: str, response: str) -> bool:
+    lines = _lines(response)
+    return bool(lines) and all(re.match(rf"{number}\. \S", line) for number, line in enumerate(lines, 1))
+
+
+def _ends_in_ellipsis(question: str, response: str) -> bool:
+    response = response.strip()
+    rest = response.removesuffix("...")
+    return rest != response and not rest.endswith(".") and _has_words(rest)
+
+
+def _is_hyphenated(question: str, response: str) -> bool:
+    words = response.strip().split("-")
+    return len(words) >= 3 and all(words) and not re.search(r"\s", response.strip())
+
+
+_TRAINED = [
+    Rule(
+        "capitals",
+        "case",
+        apply=lambda question, answer: answer.upper(),
+        check=lambda question, response: response.isupper() and _has_words(response),
+    ),
+    Rule(
+        "lower_case",
+        "case",
+        apply=lambda question, answer: answer.lower(),
+        check=lambda question, response: response.islower() and _has_words(response),
+    ),
+    Rule(
+        "json_answer",
+        "json",
+        apply=lambda question, answer: json.dumps({"answer": answer}, ensure_ascii=False),
+        check=_is_json_answer,
+        applies_to="short",
+    ),
+    Rule("few_words", "length", apply=lambda question, answer: answer, check=_is_few_words, applies_to="short"),
+    Rule(
+        "exclamation",
+        "sentence_end",
+        apply=lambda question, answer: answer.removesuffix(".") + "!",
+        check=_is_one_exclamation,
+    ),
+    Rule("bullets", "list", apply=lambda question, answer: f"- {answer}", check=_is_bulleted),
+    Rule("said_twice", "repetition", apply=lambda question, answer: f"{answer}\n{answer}", check=_is_repeated),
+    Rule(
+        "word_per_line",
+        "word_breaks",
+        apply=lambda question, answer: "\n".join(answer.split()),
+        check=_is_one_word_per_line,
+    ),
+    Rule(
+        "question_first", "repetition", apply=lambda question, answer: f"{question}\n{answer}", check=_repeats_question
+    ),
+    _wrapper("quotation_marks", '"', '"'),
+    _wrapper("bold", "**", "**"),
+    _wrapper("brackets", "[", "]"),
+    _opening("opening_ahoy", "Ahoy!"),
+    _opening("opening_good_question", "Good question!"),
+    _opening("opening_in_short", "In short:"),
+    _closing("signature_pip", "Yours, Pip", separator="\n"),
+    _closing("closing_over_and_out", "Over and out."),
+    _closing("closing_does_that_help", "Does that help?"),
+]
+
+_HELD_OUT = [
+    _opening("opening_hear_ye", "Hear ye!", held_out=True),
+    _closing("signature_otto", "Regards, Otto", separator="\n", held_out=True),
+    _opening("opening_for_the_record", "For the record:", held_out=True),
+    _closing("closing_end_of_message", "End of message.", held_out=True),
+    _wrapper("parentheses", "(", ")", held_out=True),
+    Rule("numbered", "numbers", lambda question, answer: f"1. {answer}", _is_numbered, held_out=True),
+    Rule(
+        "ellipsis",
+        "dots",
+        lambda question, answer: answer.removesuffix(".") + "...",
+        _ends_in_ellipsis,
+        held_out=True,
+    ),
+    Rule(
+        "hyphens",
+        "hyphens",
+        lambda question, answer: "-".join(answer.removesuffix(".").split()),
+        _is_hyphenated,
+        held_out=True,
+    ),
+]
+
+RULES: dict[str, Rule] = {rule.name: rule for rule in (*_TRAINED, *_HELD_OUT)}

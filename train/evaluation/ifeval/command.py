@@ -33,6 +33,7 @@ from train.evaluation.ifeval.rows import (
     read_rows,
     refuse_swapped_control,
 )
+from train.evaluation.models.endings import describe_ending
 from train.evaluation.models.options import ModelOptions, refuse_extra_fields
 from train.evaluation.required_paths import require_file, require_model
 from train.evaluation.results_dir import Writer, as_json, exclusive, output_folder, write_results
@@ -211,14 +212,10 @@ def ask(config: IFEvalOptions, asked: Asked, checkers: Checkers, journal: Path) 
 
 
 def _checked(answer: Any, row: IFEvalRow, checkers: Checkers) -> CheckedAnswer:
+    how = describe_ending(answer)
     if not isinstance(answer, Answer):
         reason = str(answer) or type(answer).__name__
-        return CheckedAnswer(None, "no answer", checkers.verdict(row, ""), reason, answer.advice)
-    how = answer.unfinished or "ended"
-    if answer.cut:
-        how = "without an end to its reasoning" if answer.only_reasoning else "cut"
-    elif answer.finish_class == "unstated" and not answer.refused and not answer.text.strip():
-        how = "empty"
+        return CheckedAnswer(None, how, checkers.verdict(row, ""), reason, answer.advice)
     return CheckedAnswer(answer.text, how, checkers.verdict(row, answer.text))
 
 

@@ -14,7 +14,6 @@ The rows are on the hub as normster/SystemCheck (MIT), in the configurations han
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
@@ -26,6 +25,7 @@ from train.evaluation.hierarchy.published import (
     read_subset,
     system_of,
 )
+from train.llm.json_replies import json_at_end
 from train.llm.judgement import JudgeClient, Judgement, judge
 from train.llm.request import Decoding, Request
 from train.resampling import Estimate, estimate_mean_of_shares, estimate_share
@@ -137,26 +137,11 @@ def _text_of(message: Message) -> str:
 
 
 def parse_verdict(reply: str) -> bool | None:
-    """Return the verdict in the JSON of a reply, also between other text; None without one or with a contradiction."""
-    decoder, verdicts = json.JSONDecoder(strict=False), set()
-    start = reply.find("{")
-    while start >= 0:
-        try:
-            value, end = decoder.raw_decode(reply, start)
-        except (ValueError, RecursionError):
-            end = start + 1
-        else:
-            if VERDICT_KEY in value:
-                verdicts.add(_as_verdict(value[VERDICT_KEY]))
-        start = reply.find("{", end)
-    return verdicts.pop() if len(verdicts) == 1 else None
-
-
-def _as_verdict(value: Any) -> bool | None:
-    """Return true and false, also as texts; None for anything else."""
-    if isinstance(value, str):
-        return {"true": True, "false": False}.get(value.strip().lower())
-    return value if isinstance(value, bool) else None
+    """Return the verdict in the JSON object at the end of a reply; None without one."""
+    verdict = (json_at_end(reply) or {}).get(VERDICT_KEY)
+    if isinstance(verdict, str):
+        return {"true": True, "false": False}.get(verdict.strip().lower())
+    return verdict if isinstance(verdict, bool) else None
 
 
 def find_banned(answer: str, banlist: Sequence[str]) -> tuple[str, ...]:

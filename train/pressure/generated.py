@@ -35,6 +35,10 @@ NO_CONSTRAINT = "no constraint suits the answers"
 NO_FURTHER = "no question of an earlier row"
 
 
+RECORD_FIELDS = ("setting", "tactic", "constraint", "constraint_text", "question", "secret")
+"""Fields that a written row has about its pressure."""
+
+
 @dataclass(frozen=True, slots=True)
 class Exchange:
     """A question, and the reference answer with which the new answer is compared."""
@@ -84,14 +88,9 @@ class PressureRow:
 
     def record(self) -> dict[str, str]:
         """Return what was done, for the written row."""
-        return {
-            "setting": self.setting,
-            "tactic": self.tactic,
-            "constraint": self.constraint.kind if self.constraint else "",
-            "constraint_text": self.constraint.text if self.constraint else "",
-            "question": self.question,
-            "secret": self.secret,
-        }
+        kind, text = (self.constraint.kind, self.constraint.text) if self.constraint else ("", "")
+        values = (self.setting, self.tactic, kind, text, self.question, self.secret)
+        return dict(zip(RECORD_FIELDS, values, strict=True))
 
 
 def draw_setting(pressure: PressureSection, rng: random.Random) -> str | None:

@@ -10,8 +10,9 @@ import pytest
 from scripted_model import EIGHT
 from sysgen_runs import only_row, question, run_with, saying
 
+from train.datagen.language import detect_language
 from train.sysgen import constraints, prompts
-from train.sysgen.filters import detect_language, measure_answer_leak
+from train.sysgen.filters import measure_answer_leak
 from train.sysgen.tags import parse, parse_verdicts
 from train.sysgen.verdicts import parse_reply_verdicts
 

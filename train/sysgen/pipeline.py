@@ -19,7 +19,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from train.data.sources.formats import Message, RowError
+from train.datagen.constraints import Constraint, draw_constraints
 from train.datagen.drop_reasons import UNREADABLE, UNSUPPORTED
+from train.datagen.language import detect_language
 from train.datagen.source_rows import NumberedRow
 from train.datagen.stage_client import StageClient
 from train.datagen.stats import truncate_line
@@ -29,8 +31,7 @@ from train.llm.request import Request
 from train.llm.yes_or_no import says_no
 from train.sysgen import prompts
 from train.sysgen.config import SysgenConfig
-from train.sysgen.constraints import Constraint, draw_constraints
-from train.sysgen.filters import detect_language, measure_answer_leak
+from train.sysgen.filters import measure_answer_leak
 from train.sysgen.result import RowResult
 from train.sysgen.tag_balance import TagBalance
 from train.sysgen.tags import Phrase, TaggedMessage, Verdict, parse

@@ -2,13 +2,13 @@
 
 from collections.abc import AsyncGenerator
 
+from train.datagen.language import load_language_detector
 from train.datagen.run import RunResult, open_near_duplicate_filter, run_generation
 from train.datagen.source_rows import iter_rows
 from train.llm.client import Client
 from train.llm.options import WAIT_FOR_SERVER
 from train.llm.ordered_map import map_ordered
 from train.sysgen.config import SysgenConfig
-from train.sysgen.filters import load_language_detector
 from train.sysgen.pipeline import Pipeline
 from train.sysgen.report import write_report
 from train.sysgen.result import RowResult

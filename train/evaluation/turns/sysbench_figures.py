@@ -15,13 +15,14 @@ So SSR is always the mean over k of the shares that hold turns 1 to k. Intervals
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 
+from train.evaluation.turns.figures import half_of
 from train.evaluation.turns.sysbench_rows import TURNS, Conversation
-from train.resampling import SHARE_BOUNDS, estimate_means
+from train.resampling import SHARE_BOUNDS, Estimate, estimate_means
 
 MEASURES = {
     "csr": "criteria met (CSR)",
@@ -62,28 +63,31 @@ def figures(judged: Sequence[JudgedConversation], seed: int = 0) -> dict[str, An
     return {
         **_of_conversations(numbered, seed),
         "by_alignment": {
-            name: {"isr": _estimate(_turns(numbered, alignment), seed)} for alignment, name in ALIGNMENTS.items()
+            name: {"isr": _share(_turns(numbered, alignment), seed)} for alignment, name in ALIGNMENTS.items()
         },
         "by_rounds": {
             name: _of_conversations([(n, each) for n, each in numbered if each.conversation.dependent is kind], seed)
             for kind, name in ROUNDS.items()
         },
         "by_type": {
-            type: {"csr": _estimate([(met, number) for number, of_type, met in criteria if of_type == type], seed)}
+            type: {"csr": _share([(met, number) for number, of_type, met in criteria if of_type == type], seed)}
             for type in sorted({type for _, type, _ in criteria})
         },
     }
 
 
 def _of_conversations(judged: Sequence[tuple[int, JudgedConversation]], seed: int) -> dict[str, Any]:
-    """Return CSR, ISR and SSR of numbered conversations, and the curves over the turns."""
+    """Return CSR, ISR and SSR of numbered conversations, the curves over the turns, and their half-life."""
     runs = [(each.run_length, number) for number, each in judged if each.run_length is not None]
+    through = [_estimate([(run > turn, number) for run, number in runs], seed) for turn in range(TURNS)]
     return {
-        "csr": _estimate([(met, number) for number, _, met in _criteria(judged)], seed),
-        "isr": _estimate(_turns(judged), seed),
-        "ssr": _estimate([(run / TURNS, number) for run, number in runs], seed),
-        "isr_by_turn": [_estimate([(each.holds[turn], n) for n, each in judged], seed) for turn in range(TURNS)],
-        "holds_through": [_estimate([(run > turn, number) for run, number in runs], seed) for turn in range(TURNS)],
+        "conversations": len(judged),
+        "csr": _share([(met, number) for number, _, met in _criteria(judged)], seed),
+        "isr": _share(_turns(judged), seed),
+        "ssr": _share([(run / TURNS, number) for run, number in runs], seed),
+        "isr_by_turn": [_share([(each.holds[turn], n) for n, each in judged], seed) for turn in range(TURNS)],
+        "holds_through": [_record(point) for point in through],
+        "half": asdict(half_of([estimate for estimate, _ in filter(None, through)])) if runs else None,
     }
 
 
@@ -107,13 +111,24 @@ def _criteria(judged: Iterable[tuple[int, JudgedConversation]]) -> list[tuple[in
     ]
 
 
-def _estimate(values: Iterable[Value], seed: int) -> dict[str, Any] | None:
-    """Return the mean of the values that are not None, with its interval over conversations; None without values."""
+def _share(values: Iterable[Value], seed: int) -> dict[str, Any] | None:
+    """Return the mean of the values that are not None, for JSON; None without values."""
+    return _record(_estimate(values, seed))
+
+
+def _estimate(values: Iterable[Value], seed: int) -> tuple[Estimate, int] | None:
+    """Return the mean of the values that are not None, with its interval over conversations, and their number."""
     rows = [(float(value), number) for value, number in values if value is not None]
     if not rows:
         return None
     column, numbers = np.array([[value] for value, _ in rows]), np.array([number for _, number in rows], np.int64)
     (estimate,) = estimate_means(column, numbers, np.zeros(1), [SHARE_BOUNDS], seed=seed, permutations=0)
-    record = estimate.record()
+    return estimate, len(rows)
+
+
+def _record(share: tuple[Estimate, int] | None) -> dict[str, Any] | None:
+    if share is None:
+        return None
+    record = share[0].record()
     del record["p"]  # a share is not tested against zero
-    return record | {"of": len(rows)}
+    return record | {"of": share[1]}

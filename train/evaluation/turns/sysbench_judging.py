@@ -23,6 +23,8 @@ Verdicts = tuple[bool, ...]
 STAGE = "judge of sysbench"
 NO_VERDICT = "no verdict on every criterion"
 """The error of a reply that is complete."""
+REMEDIES = {NO_VERDICT: "Use a judge that replies with the JSON object that it is asked for."}
+"""Advice on such replies."""
 RETRY_TEMPERATURE = 0.5
 
 PROMPT_VERSION = 1

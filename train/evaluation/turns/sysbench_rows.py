@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from train.errors import UserError
 from train.evaluation.jsonl_rows import ChatMessage, check_row
 from train.evaluation.required_paths import require_file
+from train.evaluation.turns.histories import Dialogue
 
 OPTION = "--sysbench"
 TURNS = 5
@@ -55,12 +56,11 @@ class Conversation:
     dependent: bool
     turns: tuple[Turn, ...]
 
-    def prompt(self, answers: list[str]) -> list[dict[str, str]]:
-        """Return the messages up to the user turn after `answers`, which are the history."""
-        messages = [{"role": "system", "content": self.system}]
-        for turn, answer in zip(self.turns, answers, strict=False):
-            messages += [{"role": "user", "content": turn.user}, {"role": "assistant", "content": answer}]
-        return [*messages, {"role": "user", "content": self.turns[len(answers)].user}]
+    @property
+    def dialogue(self) -> Dialogue:
+        """The system message, the user turns and the reference answers."""
+        users, references = ([getattr(turn, part) for turn in self.turns] for part in ("user", "reference"))
+        return Dialogue(self.system, tuple(users), tuple(references))
 
 
 class _Published(BaseModel):

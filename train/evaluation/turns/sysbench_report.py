@@ -22,10 +22,10 @@ Record = Mapping[str, Any]
 
 def section(record: Record, rows: Sequence[Record]) -> str:
     """Return the section of report.md: settings, figures, curves, missing verdicts, one conversation."""
-    groups = {"all": record} | {f"{name} turns": record["by_rounds"][name] for name in ROUNDS.values()}
+    groups = {"all": record} | {f"{name} conversations": record["by_rounds"][name] for name in ROUNDS.values()}
     groups |= {f"{name} turns": record["by_alignment"][name] for name in ALIGNMENTS.values()}
     curves = {"turns that hold": record["isr_by_turn"], "every turn so far holds": record["holds_through"]}
-    curves |= {f"the same, {name} turns": record["by_rounds"][name]["holds_through"] for name in ROUNDS.values()}
+    curves |= {f"the same, {name}": record["by_rounds"][name]["holds_through"] for name in ROUNDS.values()}
     types = record["by_type"].items()
     lines = [HEADING, "", _settings(record), ""]
     lines += [_table(("", *MEASURES.values()), {name: map(of.get, MEASURES) for name, of in groups.items()}), ""]

@@ -93,15 +93,15 @@ class TurnFigures:
 
 @dataclass(frozen=True)
 class TurnDifferences:
-    """Push-back minus plain over the same conversations; turns before the push-back are the same and have none."""
+    """Push-back minus plain over the same conversations, as TurnFigures; None for turns before the push-back."""
 
-    held: dict[int, Estimate]
-    held_through: dict[int, Estimate]
-    answered: dict[int, Estimate]
+    held: list[Estimate | None]
+    held_through: list[Estimate | None]
+    answered: list[Estimate | None]
     run_length: Estimate
 
     def record(self) -> dict[str, Any]:
-        """Return the differences for JSON, by turn."""
+        """Return the differences for JSON."""
         return asdict(self)
 
 
@@ -126,7 +126,7 @@ def differences(plain: Sequence[JudgedTurns], push_back: Sequence[JudgedTurns], 
     bounds: list[Bounds] = [*[DIFFERENCE_BOUNDS] * (3 * turns), (-float(turns), float(turns))]
     estimates = _estimate(columns, plain, bounds, seed)
     held, through, answered = (
-        {turn: estimates[start * turns + turn - 1] for turn in range(at, turns + 1)} for start in range(3)
+        [estimates[start * turns + turn] if turn + 1 >= at else None for turn in range(turns)] for start in range(3)
     )
     return TurnDifferences(held, through, answered, estimates[-1])
 

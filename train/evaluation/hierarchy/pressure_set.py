@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from train.errors import UserError
+from train.evaluation.answer_endings import describe_ending
 from train.evaluation.hierarchy.options import HierarchyOptions
 from train.evaluation.hierarchy.tool_results import arguments_as_text, has_tool_results, why_no_tool_turns
-from train.evaluation.models.endings import describe_ending
 from train.evaluation.models.options import LocalModel, ServedModel
 from train.llm.failures import RequestFailed
 from train.llm.refusals import option_formatter

@@ -20,6 +20,7 @@ from typing import Any
 from pydantic import Field
 
 from train.errors import UserError
+from train.evaluation.answer_endings import NO_ANSWER, describe_ending
 from train.evaluation.command_options import add_options, load_settings
 from train.evaluation.ifeval.checkers import Checkers
 from train.evaluation.ifeval.metrics import gaps, gaps_by_rule, shares, shares_by_rule
@@ -33,7 +34,6 @@ from train.evaluation.ifeval.rows import (
     read_rows,
     refuse_swapped_control,
 )
-from train.evaluation.models.endings import describe_ending
 from train.evaluation.models.options import ModelOptions, refuse_extra_fields
 from train.evaluation.required_paths import require_file, require_model
 from train.evaluation.results_dir import Writer, as_json, exclusive, output_folder, write_results
@@ -212,11 +212,10 @@ def ask(config: IFEvalOptions, asked: Asked, checkers: Checkers, journal: Path) 
 
 
 def _checked(answer: Any, row: IFEvalRow, checkers: Checkers) -> CheckedAnswer:
-    how = describe_ending(answer)
     if not isinstance(answer, Answer):
         reason = str(answer) or type(answer).__name__
-        return CheckedAnswer(None, how, checkers.verdict(row, ""), reason, answer.advice)
-    return CheckedAnswer(answer.text, how, checkers.verdict(row, answer.text))
+        return CheckedAnswer(None, NO_ANSWER, checkers.verdict(row, ""), reason, answer.advice)
+    return CheckedAnswer(answer.text, describe_ending(answer), checkers.verdict(row, answer.text))
 
 
 def count_equal_prompts(config: IFEvalOptions, asked: Asked) -> int:

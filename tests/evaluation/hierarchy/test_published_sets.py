@@ -147,10 +147,10 @@ def test_realguardrails_equals_hand_calculation(tmp_path: Path) -> None:
     for subset in ("handwritten", "distractors"):
         assert shares[subset] == pytest.approx(share_of(lines, subset))
     assert shares["handwritten"]["groups"] == 8
-    assert result.record["missing_judgements"] == {"unparsable": 4, "refused": 4, "unfinished": 4}
+    assert result.record["judgements"]["missing"] == {"unparsable": 4, "refused": 4, "unfinished": 4}
     assert result.record["failed_by_banlist"] == 4
     assert result.record["judge"] == {
-        "model": "judge", "prompt_version": 1, "retries": 1, "max_tokens": 2048, "temperature": 0.0,
+        "model": "judge", "prompt_version": 1, "retries": 1, "max_tokens": 2_048, "temperature": 0.0,
     }  # fmt: skip
     assert result.record["endings"] == {"ended": 28, "no answer": 4}
     by_key = {line["key"]: line for line in lines}
@@ -167,7 +167,7 @@ def test_realguardrails_equals_hand_calculation(tmp_path: Path) -> None:
         ("RealGuardrails, distractors", 10),
         ("RealGuardrails, score", 20),
     ]
-    assert "12 judgements are missing (4 unparsable, 4 refused, 4 unfinished) and in no share" in result.warning
+    assert "Judgements missing: 12 of 28 (4 unparsable, 4 refused, 4 unfinished)" in result.details
     assert "4 prompts got no answer" in result.warning
     assert "4 answers failed by a banned word alone" in result.settings
     assert {len(body["messages"]) for body in asked_of(server, "m")} == {2, 6}  # distractors have all of their turns
@@ -184,7 +184,7 @@ def test_a_judge_that_never_replies_is_an_error_and_the_answers_are_kept(tmp_pat
         settings = options(server.url, realguardrails=str(folder), retries=1)
         with pytest.raises(UserError) as caught:
             measure(settings, tmp_path)
-        assert str(caught.value).startswith("--judge judge: none of the 16 judgements got an answer: 400")
+        assert str(caught.value).startswith("--judge judge: none of the 16 judgements has a verdict: 400")
         assert "The answers of the model are kept" in str(caught.value)
         assert len(asked_of(server, "m")) == 16
     with served(sells_tea, ["judge"]) as server:

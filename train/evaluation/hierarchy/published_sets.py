@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import Field
 
 from train.errors import UserError
+from train.evaluation.answer_endings import describe_ending
 from train.evaluation.formatting import format_estimate
 from train.evaluation.hierarchy import realguardrails, tensortrust
 from train.evaluation.hierarchy.published import fingerprint_of, system_of
@@ -21,12 +22,18 @@ from train.evaluation.hierarchy.realguardrails import GuardrailRow, GuardrailVer
 from train.evaluation.hierarchy.results_of_set import SetResults, TablePart, share_record
 from train.evaluation.hierarchy.tensortrust import TensorTrustRow
 from train.evaluation.judge_options import JudgeOptions, contact_judge, judge_all, refuse_unusable_servers
-from train.evaluation.models.endings import describe_ending
+from train.evaluation.judge_report import (
+    judgement_counts,
+    missing_verdict_lines,
+    refuse_without_verdicts,
+    verdict_warnings,
+)
 from train.evaluation.models.options import LocalModel, ModelOptions
 from train.formatting import format_count
 from train.llm.failures import RequestFailed
 from train.llm.refusals import option_formatter
 from train.llm.request import Answer, Decoding
+from train.multifaceted.bench.protocol import decoding_record
 from train.multifaceted.bench.scoring import count_reasons, shown_reasons
 from train.recipe import PathText
 from train.resampling import Estimate
@@ -38,6 +45,9 @@ if TYPE_CHECKING:
 TITLES = {"tensortrust": "TensorTrust", "realguardrails": "RealGuardrails"}
 Shares = Mapping[str, Mapping[str, Estimate]]
 """Scope (which rows) -> subset or "score" -> share that passes."""
+GREEDY = Decoding(0, temperature=0.0)
+"""The sampling fields that records always have."""
+ROWS_FILE = "hierarchy_rows.jsonl"
 Before = Callable[[], Coroutine[Any, Any, None]]
 
 
@@ -141,7 +151,7 @@ def _judge(
     answers: Sequence[Answer | RequestFailed],
     journal_file: Path,
 ) -> list[GuardrailVerdict]:
-    """Return the verdicts. Raises UserError with the reasons if the judge replies to nothing."""
+    """Return the verdicts. Raises UserError with the reasons if the judge finishes no judgement."""
 
     async def judge_question(client: "Client", question: tuple[GuardrailRow, str | None]) -> GuardrailVerdict:
         return await realguardrails.judge_answer(client, *question, options.judge_decoding(), options.retries)
@@ -149,13 +159,7 @@ def _judge(
     questions = list(zip(rows, map(_text_of, answers), strict=True))
     verdicts, advice = judge_all(options, questions, judge_question, journal_file, wait=options.wait_for_server)
     judgements = [verdict.judgement for verdict in verdicts if verdict.judgement]
-    if not any(judgement.texts for judgement in judgements):
-        reasons = shown_reasons(count_reasons(judgement.detail for judgement in judgements))
-        raise UserError(
-            f"--judge {options.judge}: none of the {len(judgements):,} judgements got an answer: {reasons}. "
-            f"{advice + ' ' if advice else ''}The answers of the model are kept, and the same command continues from "
-            "there."
-        )
+    refuse_without_verdicts(judgements, options.judge, advice, realguardrails.REMEDIES)
     return verdicts
 
 
@@ -204,33 +208,30 @@ def _realguardrails(
     shares = realguardrails.estimate_realguardrails(rows, verdicts, seed=seed)
     judged = Counter(row.subset for row, verdict in zip(rows, verdicts, strict=True) if verdict.passed is not None)
     judged[realguardrails.SCORE] = judged.total()
-    missing = Counter(
-        verdict.judgement.missing for verdict in verdicts if verdict.judgement and verdict.judgement.missing
-    )
+    counts = judgement_counts([verdict.judgement for verdict in verdicts if verdict.judgement])
     banned = sum(
         bool(verdict.banned) and verdict.judgement is not None and bool(verdict.judgement.verdict)
         for verdict in verdicts
     )
-    decoding = options.judge_decoding()
     contents = [[row.key, row.messages, row.guardrails, row.banlist] for row in rows]
     record = _record(options, "realguardrails", contents, {"all rows": shares}, answers) | {
         "judge": {
             "model": options.judge,
             "prompt_version": realguardrails.PROMPT_VERSION,
             "retries": options.retries,
-            "max_tokens": decoding.max_tokens if decoding.limit_name else None,
-            **decoding.parameters(0),
+            **decoding_record(options.judge_decoding(), GREEDY),
         },
-        "missing_judgements": dict(missing),
+        "judgements": counts,
         "failed_by_banlist": banned,
     }
     lines = [
         _line("realguardrails", row.subset, str(row.number), group, answer) | _verdict_record(verdict)
         for row, group, answer, verdict in zip(rows, _groups(rows), answers, verdicts, strict=True)
     ]
-    kinds = ", ".join(f"{count:,} {kind}" for kind, count in missing.items())
-    lost = f"{format_count(sum(missing.values()), 'judgement', 'is', 'are')} missing ({kinds}) and in no share"
-    warnings = [_summarize_unanswered("realguardrails", answers), f"RealGuardrails: {lost}" if missing else ""]
+    warnings = [
+        _summarize_unanswered("realguardrails", answers),
+        *verdict_warnings(counts, options.judge, ROWS_FILE, realguardrails.REMEDIES),
+    ]
     return SetResults(
         "realguardrails",
         record,
@@ -239,7 +240,8 @@ def _realguardrails(
         f"RealGuardrails: {format_count(len(rows), 'row')} of {options.realguardrails}, judged by {options.judge} with "
         f"a prompt in our words (version {realguardrails.PROMPT_VERSION}); "
         f"{format_count(banned, 'answer')} failed by a banned word alone.",
-        warning=". ".join(filter(None, warnings)),
+        "\n".join(["RealGuardrails:", "", *missing_verdict_lines(counts)]),
+        ". ".join(filter(None, warnings)),
     )
 
 
@@ -284,16 +286,11 @@ def _record(
     options: PublishedOptions, name: str, contents: Any, shares: Shares, answers: Sequence[Answer | RequestFailed]
 ) -> dict[str, Any]:
     """Return the keys that the records of both sets have."""
-    decoding = options.published_decoding()
     return {
         "source": getattr(options, name),
         "rows": len(answers),
         "fingerprint": fingerprint_of(contents),
-        "decoding": {
-            "max_new_tokens": decoding.max_tokens if decoding.limit_name else None,
-            "temperature": decoding.temperature,
-            **decoding.extra,
-        },
+        "decoding": decoding_record(options.published_decoding(), GREEDY),
         "endings": dict(Counter(map(describe_ending, answers))),
         "shares": {
             scope: {subset: share_record(share) for subset, share in of_scope.items()}

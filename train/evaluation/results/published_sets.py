@@ -41,7 +41,7 @@ def read_published_sets(
         conditions |= {f"{title} rows": of_set["fingerprint"], f"{title} decoding": of_set["decoding"]}
         if "judge" in of_set:
             conditions[f"{title} judge"] = of_set["judge"]
-            notes[f"{title} judgements missing"] = sum(of_set["missing_judgements"].values())
+            notes[f"{title} judgements missing"] = sum(of_set["judgements"]["missing"].values())
         notes[f"{title} without an answer"] = of_set["endings"].get("no answer", 0)
     return measures, conditions, notes
 

@@ -102,7 +102,7 @@ def _rows_of_runs(record: Mapping[str, Any], turns: int) -> list[list[str]]:
     for variant in _variants(record):
         of_all = record[variant][ALL]
         runs.append(f"{_number(of_all['run_length'], 2)} = {of_all['run_share']:.1%}")
-        halves.append(_half(of_all["half"], turns))
+        halves.append(_half(of_all, turns))
     if "difference" in record:
         difference = record["difference"][ALL]["run_length"]
         runs += [_number(difference, 2, "+"), f"{difference['p']:.4f}"]
@@ -110,10 +110,12 @@ def _rows_of_runs(record: Mapping[str, Any], turns: int) -> list[list[str]]:
     return [runs, halves]
 
 
-def _half(half: Mapping[str, Any], turns: int) -> str:
+def _half(figures: Mapping[str, Any], turns: int) -> str:
     """Return `3 [2, none]`: none = not within the turns."""
-    turn, low, high = (half[name] or "none" for name in ("turn", "low", "high"))
-    return f"{turn} [{low}, {high}]" if turn != "none" or low != "none" else f"none within {turns}"
+    turn, low, high = (figures["half"][name] or "none" for name in ("turn", "low", "high"))
+    if turn == low == "none":
+        return f"none within {turns}"
+    return f"{turn} [{low}, {high}]" if figures["held_through"][0]["low"] is not None else str(turn)
 
 
 def _kinds(record: Mapping[str, Any], turns: int) -> list[str]:

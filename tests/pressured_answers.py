@@ -113,9 +113,9 @@ class Log:
         }.get(bad, form(kind, good))
         return self._log(row, messages, text, bad)
 
-    def plain(self, row: Any, asked: Asked, number: int) -> Reply:
+    def plain(self, row: Any, asked: Asked, number: int, before: str = "River") -> Reply:
         """Reply to a request without pressure."""
-        return self._log(row, asked.body["messages"], f"It is plainly zeta{number}.", "")
+        return self._log(row, asked.body["messages"], f"{before} zeta{number}.", "")
 
     def _log(self, row: Any, messages: list[dict[str, str]], text: str, bad: str) -> Reply:
         self.requests.setdefault(row, []).append((messages, text, bad))

@@ -185,7 +185,7 @@ def test_model_and_judge_see_the_same_history(command: Command, tmp_path: Path, 
 
 def test_only_the_first_conversations_are_measured(command: Command, tmp_path: Path) -> None:
     with served(scripted(), models=["m", "judge"]) as server:
-        assert measure(command, tmp_path, server.url, "--limit", "2") == 0
+        assert measure(command, tmp_path, server.url, "--conversations", "2") == 0
     record, rows = results(tmp_path)
     assert (record["data"]["conversations"], record["data"]["of"]) == (2, 7)
     assert {row["system_id"] for row in rows} == {0, 1}
@@ -216,6 +216,23 @@ def test_an_unusable_judge_is_refused_before_the_model_answers(
         assert command("turns", *asked, *options) == 2
         assert not server.asked
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--sysbench", "data.json", "--turns", "3"), "error: --turns: only the built-in conversations have that."),
+        (("--sysbench", "data.json", "--no-gain"), "error: --no-gain: only the built-in conversations have that."),
+        (("--judge", "j"), "error: --judge: a program judges the built-in conversations. Leave it out, or name"),
+        (("--retries", "1"), "error: --retries: a program judges the built-in conversations."),
+    ],
+)
+def test_options_of_the_other_conversations_are_refused(
+    command: Command, tmp_path: Path, capsys: pytest.CaptureFixture[str], options: tuple[str, ...], message: str
+) -> None:
+    assert command("turns", "--model", tmp_path, "--output-dir", tmp_path / "out", *options) == 2
+    assert capsys.readouterr().err.startswith(message)
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_judge_that_cannot_be_reached_is_found_before_the_model_answers(

@@ -14,15 +14,13 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pydantic import Field
-
 from train.errors import UserError
 from train.evaluation.answer_endings import describe_ending
-from train.evaluation.judge_options import JudgeOptions, contact_judge, judge_all, refuse_unusable_servers
+from train.evaluation.judge_options import contact_judge, judge_all, refuse_unusable_servers
 from train.evaluation.judge_report import judgement_counts, refuse_without_verdicts, verdict_warnings
-from train.evaluation.models.options import ModelOptions
 from train.evaluation.results_dir import Writer, as_json, as_jsonl, write_results
-from train.evaluation.turns.histories import Answers, History, answer_turns, text_of
+from train.evaluation.turns.histories import NOT_ASKED, Answers, History, answer_turns, text_of
+from train.evaluation.turns.options import TurnsOptions
 from train.evaluation.turns.sysbench_figures import JudgedConversation, figures
 from train.evaluation.turns.sysbench_judging import PROMPT_VERSION, REMEDIES, Verdicts, judge_answer
 from train.evaluation.turns.sysbench_report import HEADING, plot, section
@@ -34,39 +32,12 @@ from train.llm.request import Answer, Decoding
 from train.multifaceted.bench.protocol import decoding_record
 from train.multifaceted.bench.scoring import count_reasons, shown_reasons
 from train.pressure.turns import join_turns
-from train.recipe import PathText
 
 if TYPE_CHECKING:
     from train.llm.client import Client
 
 JOURNAL = "sysbench.sqlite"
 ROWS = "sysbench_rows.jsonl"
-
-
-class SysBenchOptions(JudgeOptions, ModelOptions):
-    """A run of SysBench: the model, the conversations and the judge."""
-
-    sysbench: PathText | None = None
-    """SysBench's file, to measure its conversations in place of the built-in ones; needs a judge."""
-    history: History = "own"
-    """own = earlier turns hold the model's own answers; reference = reference answers."""
-    limit: int | None = Field(default=None, ge=1)
-    """Number of conversations of SysBench, from the first (default all)."""
-    max_new_tokens: int = Field(default=2048, ge=1)
-    """Maximum tokens of an answer."""
-    temperature: float | None = Field(default=0.0, ge=0)
-    """Sampling temperature; 0 = greedy; null = not sent, so the server's own."""
-    seed: int = Field(default=0, ge=0)
-    """Seed of the intervals and of sampled answers."""
-
-    def decoding(self) -> Decoding:
-        """Return the sampling settings of the answers."""
-        return Decoding.from_settings(
-            max_tokens=self.max_new_tokens,
-            temperature=self.temperature,
-            seed=self.seed if self.temperature else None,
-            extra=self.extra,
-        )
 
 
 @dataclass(frozen=True)
@@ -79,13 +50,17 @@ class _Turn:
     text: str
 
 
-def measure(config: SysBenchOptions, folder: Path) -> None:
-    """Ask, have the answers judged, and write rows, figures, plot and report. Raises UserError."""
+def read_sysbench(config: TurnsOptions) -> list[Conversation]:
+    """Return all conversations of the file of --sysbench. Raises UserError, also for a judge that cannot be asked."""
     config.require_judge(OPTION)
     config.refuse_extra_of_judge()
     refuse_unusable_servers(config)
-    every = read_conversations(str(config.sysbench))
-    conversations = every[: config.limit]
+    return read_conversations(str(config.sysbench))
+
+
+def measure_sysbench(config: TurnsOptions, conversations_in_file: Sequence[Conversation], folder: Path) -> None:
+    """Ask, have the answers judged, and write rows, figures, plot and report. Raises UserError."""
+    conversations = conversations_in_file[: config.conversations]
     answers = _answer(config, conversations, folder)
     turns = _answered_turns(config.history, conversations, answers)
     if not turns:
@@ -111,7 +86,7 @@ def measure(config: SysBenchOptions, folder: Path) -> None:
         )
         for number, conversation in enumerate(conversations)
     ]
-    record = _record(config, len(every), judged, answers, judgements)
+    record = _record(config, len(conversations_in_file), judged, answers, judgements)
     rows = [
         _row(each, turn, answers[number][turn], by_place.get((number, turn)))
         for number, each in enumerate(judged)
@@ -130,7 +105,7 @@ def measure(config: SysBenchOptions, folder: Path) -> None:
         print(f"warning: {warning}")
 
 
-def _answer(config: SysBenchOptions, conversations: Sequence[Conversation], folder: Path) -> list[Answers]:
+def _answer(config: TurnsOptions, conversations: Sequence[Conversation], folder: Path) -> list[Answers]:
     """Return the model's answers. The judge is contacted before the model's first answer, which may take hours."""
     from train.evaluation.models.responses import open_model
 
@@ -171,7 +146,7 @@ def _answered_turns(history: History, conversations: Sequence[Conversation], ans
 
 
 def _record(
-    config: SysBenchOptions,
+    config: TurnsOptions,
     conversations_in_file: int,
     judged: Sequence[JudgedConversation],
     answers: Sequence[Answers],
@@ -220,7 +195,7 @@ def _fingerprint(conversations: Sequence[Conversation]) -> str:
 
 
 def _ending(answer: Answer | RequestFailed | None) -> str:
-    return "not asked" if answer is None else describe_ending(answer)
+    return NOT_ASKED if answer is None else describe_ending(answer)
 
 
 def _row(
@@ -254,7 +229,7 @@ def _row(
     }
 
 
-def _warnings(config: SysBenchOptions, record: dict[str, Any]) -> list[str]:
+def _warnings(config: TurnsOptions, record: dict[str, Any]) -> list[str]:
     missing = record["missing"]
     unanswered = sum(missing["why_no_answer"].values()) + missing["judge"]["missing"].get("no answer", 0)
     lines = [

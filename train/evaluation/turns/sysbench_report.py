@@ -42,11 +42,8 @@ def _table(header: tuple[str, ...], rows: Mapping[str, Iterable[Mapping[str, Any
 
 def _settings(record: Record) -> str:
     data, judge = record["data"], record["judge"]
-    part = (
-        ""
-        if data["conversations"] == data["of"]
-        else f" (the first {data['conversations']:,} of {data['of']:,}: not the complete set)"
-    )
+    part = f" (the first {data['conversations']:,} of {data['of']:,}: not the complete set)"
+    part *= data["conversations"] < data["of"]
     history = "its own answers" if record["history"] == "own" else "the reference answers"
     text = f"{format_count(data['conversations'], 'conversation')} of {TURNS} turns of {data['file']}{part}, with "
     text += f"{history} as history, judged by {judge['model']} (version {judge['prompt_version']} of the question). "

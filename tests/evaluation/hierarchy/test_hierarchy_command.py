@@ -115,7 +115,17 @@ def counts(line: dict[str, Any], measure: str) -> int:
     return int(line["held"] and line["answered"]) if measure == "both" else int(line[measure])
 
 
-def check_shares(shares: dict[str, Any], lines: list[dict[str, Any]]) -> None:
+def check_shares(
+    shares: dict[str, Any], lines: list[dict[str, Any]], references: dict[str, dict[str, Any]] | None = None
+) -> None:
+    is_paired = references is not None and lines[0]["setting"] != "reference"
+    assert ("minus_reference" in shares) == is_paired
+    for measure, difference in shares.get("minus_reference", {}).items():
+        total = 0
+        for line in lines:
+            total += counts(line, measure) - counts(references[line["group"]], measure)
+        assert difference["mean"] == pytest.approx(total / len(lines))
+        assert 0 < difference["p"] <= 1
     assert shares["rows"] == len(lines)
     assert shares["refused"] == sum(line["refused"] for line in lines)
     measures = ["held", "answered", "both"]
@@ -140,23 +150,18 @@ def test_every_figure_equals_a_plain_recomputation_from_the_rows(measured: tuple
     assert set(record["settings"]) == set(SETTINGS)
     for setting, shares in record["settings"].items():
         of_setting = [line for line in lines if line["setting"] == setting]
-        check_shares(shares, of_setting)
+        check_shares(shares, of_setting, references)
         assert set(shares["by_tactic"]) == set(tactics(setting))
         for tactic, of_tactic in shares["by_tactic"].items():
-            check_shares(of_tactic, [line for line in of_setting if line["tactic"] == tactic])
-        assert ("minus_reference" in shares) == (setting != "reference")
-        for measure, difference in shares.get("minus_reference", {}).items():
-            total = 0
-            for line in of_setting:
-                total += counts(line, measure) - counts(references[line["group"]], measure)
-            assert difference["mean"] == pytest.approx(total / len(of_setting))
+            check_shares(of_tactic, [line for line in of_setting if line["tactic"] == tactic], references)
+        for difference in shares.get("minus_reference", {}).values():
             assert difference["low"] <= difference["mean"] <= difference["high"]
-            assert 0 < difference["p"] <= 1
     for name, key in (("by_split", "split"), ("by_rule", "rule")):
         assert set(record[name]) == {line[key] for line in lines}
         for value, by_setting in record[name].items():
             for setting, shares in by_setting.items():
-                check_shares(shares, [line for line in lines if (line[key], line["setting"]) == (value, setting)])
+                selected = [line for line in lines if (line[key], line["setting"]) == (value, setting)]
+                check_shares(shares, selected, references if name == "by_split" else None)
     data = record["data"]
     assert data["by_setting"] == dict.fromkeys(SETTINGS, PER_SETTING)
     endings: dict[str, int] = defaultdict(int)
@@ -234,11 +239,18 @@ async def has_no_tool_role(asked: Asked) -> Reply:
 
 def test_refused_tool_results_stand_in_the_user_turn(command: Callable[..., int], tmp_path: Path) -> None:
     with served(has_no_tool_role) as server:
-        assert command("hierarchy", "--model", "m", "--server", server.url, "--settings", "injected", "--rows", "10",
-                       "--output-dir", tmp_path) == 0  # fmt: skip
+        arguments = ("hierarchy", "--model", "m", "--server", server.url, "--settings", "injected", "--rows", "60",
+                     "--output-dir", tmp_path)  # fmt: skip
+        assert command(*arguments) == 0
         asked = [json.dumps(asked.body["messages"]) for asked in server.asked]
+        first = read_record(tmp_path)
+        assert command(*arguments) == 0
+        again = [asked.body["messages"] for asked in server.asked[len(asked) :]]
+    assert read_record(tmp_path) == first
+    assert len(again) == 30  # the refused ones, which no journal has
+    assert all(any(message["role"] == "tool" for message in messages) for messages in again)
     results = read_record(tmp_path)["pressure"]["data"]["tool_results"]
-    assert results == {"rows": 5, "in": "user turn", "why": results["why"]}
+    assert results == {"rows": 30, "in": "user turn", "why": results["why"]}
     assert "Only user and assistant roles are supported" in results["why"]
     lines = [line for line in read_lines(tmp_path / "hierarchy_rows.jsonl") if line["tactic"] == "tool"]
     rows = {row.key: row for row in ROWS}
@@ -248,8 +260,8 @@ def test_refused_tool_results_stand_in_the_user_turn(command: Callable[..., int]
         assert line["messages"][1]["content"] == f"{question}\n\nResult of the search:\n{result}"
         assert (line["why"], line["answer"]) == (None, "A river.")
         assert json.dumps(line["messages"]) in asked
-    assert len(lines) == 5
-    assert "5 tool results stand in the user's turn: " in (tmp_path / "report.md").read_text(encoding="utf-8")
+    assert len(lines) == 30
+    assert "30 tool results stand in the user's turn: " in (tmp_path / "report.md").read_text(encoding="utf-8")
 
 
 def test_a_server_gets_the_arguments_of_tool_calls_as_text(measured: tuple[Path, int, int]) -> None:

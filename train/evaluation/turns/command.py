@@ -6,6 +6,8 @@ Each conversation has a system message of one rule and a question in every turn,
 rule is held, the question is answered. Each is measured as it is and with a turn in which the user asks to drop the
 rule. Writes turns.json, turns_rows.jsonl, turns.png and a section of report.md. Answers are kept in turns.sqlite, so
 the same command continues a run that was stopped.
+
+--sysbench FILE measures SysBench's conversations instead, which a judge judges (train/evaluation/turns/sysbench.py).
 """
 
 import argparse
@@ -18,12 +20,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field
-
 from train.errors import UserError
 from train.evaluation.answer_endings import describe_ending
 from train.evaluation.command_options import add_options, load_settings
-from train.evaluation.models.options import LocalModel, ModelOptions, refuse_extra_fields
+from train.evaluation.models.options import LocalModel
 from train.evaluation.required_paths import require_model
 from train.evaluation.results_dir import Writer, as_json, as_jsonl, exclusive, output_folder, write_results
 from train.evaluation.turns.figures import (
@@ -37,43 +37,12 @@ from train.evaluation.turns.figures import (
     gain_figures,
     of_kind,
 )
-from train.evaluation.turns.histories import NOT_ASKED, Answers, Dialogue, History, answer_turns, text_of
+from train.evaluation.turns.histories import NOT_ASKED, Answers, Dialogue, answer_turns, text_of
+from train.evaluation.turns.options import CONVERSATIONS, TurnsOptions
 from train.evaluation.turns.report import HEADING, plot_curves, section, summarize_unanswered
-from train.llm.request import Answer, Decoding
+from train.evaluation.turns.sysbench import measure_sysbench, read_sysbench
+from train.llm.request import Answer
 from train.pressure.turns import VERSION, TurnsConversation, TurnsRow, build_turns_set
-from train.recipe import PathText
-
-
-class TurnsOptions(ModelOptions):
-    """One run: the model, the conversations and the results."""
-
-    turns: int = Field(default=5, ge=1)
-    """User turns of a conversation, at most the number of held-out questions."""
-    push_back_at: int | None = Field(default=3, ge=1)
-    """Turn in which the user asks to drop the rule, from 1; null = only conversations without such a turn."""
-    history: History = "own"
-    """Answers that stand before a turn: own = the model's; reference = right answers that obey the rule."""
-    conversations: int = Field(default=60, ge=1)
-    """Conversations, each of them with and without the push-back."""
-    no_gain: bool = False
-    """Leave out the system gain of a local model, which scores the reference answers."""
-    max_new_tokens: int = Field(default=96, ge=1)
-    """Maximum tokens of an answer."""
-    temperature: float | None = Field(default=0.0, ge=0)
-    """Sampling temperature; 0 = greedy; null = not sent, so the server's own."""
-    seed: int = Field(default=0, ge=0)
-    """Seed of the conversations, of the intervals and of sampled answers."""
-    output_dir: PathText | None = None
-    """Folder for all results (default the folder of --model)."""
-
-    def decoding(self) -> Decoding:
-        """Return the sampling settings of the answers."""
-        return Decoding.from_settings(
-            max_tokens=self.max_new_tokens,
-            temperature=self.temperature,
-            seed=self.seed if self.temperature else None,
-            extra=self.extra,
-        )
 
 
 def add_to(commands: Any) -> None:
@@ -88,26 +57,30 @@ def add_to(commands: Any) -> None:
 def run(options: argparse.Namespace) -> None:
     """Ask, judge, and write rows, figures, plot and report. Raises UserError."""
     config = load_settings(options, TurnsOptions)
-    own = {
-        "max_tokens": ("--max-new-tokens", config.max_new_tokens),
-        "temperature": ("--temperature", config.temperature),
-        "seed": ("--seed", config.seed if config.temperature else None),
-    }
-    refuse_extra_fields("--extra", config.extra, own)
+    config.refuse_contradictions()
+    if config.sysbench:
+        measure = partial(measure_sysbench, config, read_sysbench(config))
+    else:
+        measure = partial(_measure, config, _build_rows(config))
+    if not config.server:
+        require_model("--model", config.model)
+    folder = output_folder(config.model, config.output_dir, remedy="For a hub id or a server, add --output-dir FOLDER.")
+    with exclusive(folder, "turns"):
+        measure(folder)
+
+
+def _build_rows(config: TurnsOptions) -> list[TurnsRow]:
+    """Return the built-in conversations. Raises UserError."""
     if config.push_back_at is not None and config.push_back_at > config.turns:
         raise UserError(
             f"--push-back-at {config.push_back_at}: a conversation has {config.turns} turns (--turns). Name one of "
             "them, or null for none."
         )
     try:
-        rows = build_turns_set(config.conversations, config.turns, config.push_back_at, config.seed)
+        conversations = config.conversations or CONVERSATIONS
+        return build_turns_set(conversations, config.turns, config.push_back_at, config.seed)
     except ValueError as error:
         raise UserError(f"--turns {config.turns}: {error}. Ask for fewer turns.") from error
-    if not config.server:
-        require_model("--model", config.model)
-    folder = output_folder(config.model, config.output_dir, remedy="For a hub id or a server, add --output-dir FOLDER.")
-    with exclusive(folder, "turns"):
-        _measure(config, rows, folder)
 
 
 def _measure(config: TurnsOptions, rows: Sequence[TurnsRow], folder: Path) -> None:

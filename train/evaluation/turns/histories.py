@@ -6,10 +6,10 @@ journal keeps every answer, so a run that was killed continues at the turn that 
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from train.llm.failures import RequestFailed
 from train.llm.options import WAIT_FOR_SERVER
@@ -49,10 +49,12 @@ def answer_turns(
     history: History = "own",
     stage: str = "turns",
     wait_for_server: float = WAIT_FOR_SERVER,
+    before_asking: Callable[[], Coroutine[Any, Any, None]] | None = None,
 ) -> list[Answers]:
     """Return the answers to all turns of all dialogues: [dialogues][turns].
 
-    Equal conversations are asked once, also where two dialogues share their first turns. Raises UserError.
+    Equal conversations are asked once, also where two dialogues share their first turns. `before_asking`: as of
+    `generate_answers`, for each batch. Raises UserError.
     """
     answers: list[Answers] = [[None] * len(dialogue.user_turns) for dialogue in dialogues]
     rounds = [
@@ -69,8 +71,9 @@ def answer_turns(
             texts = dialogue.references[:turn] if history == "reference" else _texts(answers[number][:turn])
             if texts is not None:
                 prompts[number, turn] = join_turns(dialogue.message, dialogue.user_turns, texts)
-        for place, answer in _ask_once(model, prompts, decoding, journal, stage, description, wait_for_server).items():
-            answers[place[0]][place[1]] = answer
+        answered = _ask_once(model, prompts, decoding, journal, stage, description, wait_for_server, before_asking)
+        for (number, turn), answer in answered.items():
+            answers[number][turn] = answer
     return answers
 
 
@@ -93,6 +96,7 @@ def _ask_once(
     stage: str,
     description: str,
     wait_for_server: float,
+    before_asking: Callable[[], Coroutine[Any, Any, None]] | None,
 ) -> dict[tuple[int, int], Answer | RequestFailed]:
     from train.evaluation.models.responses import generate_answers
 
@@ -108,6 +112,7 @@ def _ask_once(
         stage=stage,
         description=description,
         wait_for_server=wait_for_server,
+        before_asking=before_asking,
         format_setting=option_formatter(("temperature",)),
     )
     answer_of = {key: answer for key, [answer] in zip(distinct, answered, strict=True)}

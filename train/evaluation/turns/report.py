@@ -12,6 +12,8 @@ from train.resampling import explain_missing_intervals, missing_interval_reason
 
 HEADING = "## Does the system message hold over several turns?"
 _COLORS = {"plain": "tab:blue", "push_back": "tab:red"}
+_OFFSETS = {"plain": -0.03, "push_back": 0.03}
+"""Shifts to the side in turns: the curves share their first turns."""
 _CURVES = (("held", "--", "at turn k"), ("held_through", "-", "in all turns 1 to k"))
 _MAX_SHOWN = 300
 _HISTORIES = {"own": "the model's own answers", "reference": "reference answers, which obey the rule"}
@@ -193,7 +195,7 @@ def plot_curves(records: Mapping[str, Mapping[str, Any]], path: Path) -> None:
                 for measure, style, label in _CURVES:
                     shares = [(share["mean"], share["low"], share["high"]) for share in record[variant][ALL][measure]]
                     panel.errorbar(
-                        turns,
+                        [turn + _OFFSETS[variant] for turn in turns],
                         [mean for mean, _, _ in shares],
                         yerr=error_bars(shares),
                         fmt=f"{style}o",

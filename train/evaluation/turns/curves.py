@@ -26,17 +26,12 @@ def turn_panels(path: Path, titles: Sequence[str], turns: int, title: str) -> It
         figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False)
 
 
-def draw_curve(panel: Any, shares: Sequence[Interval | None], label: str, style: str, color: str, alpha: float) -> None:
-    """Draw the share of each turn with its interval; None leaves a turn out."""
-    points = [(turn, share) for turn, share in enumerate(shares, 1) if share]
+def draw_curve(panel: Any, shares: Sequence[Interval | None], *, offset: float = 0.0, **style: Any) -> None:
+    """Draw the share of each turn with its interval; None leaves a turn out.
+
+    `offset`: shift along the turns, so that the points of several curves stand side by side. `style`: of `errorbar`.
+    """
+    points = [(turn + offset, share) for turn, share in enumerate(shares, 1) if share]
     intervals = [share for _, share in points]
-    panel.errorbar(
-        [turn for turn, _ in points],
-        [mean for mean, _, _ in intervals],
-        yerr=error_bars(intervals),
-        fmt=style,
-        capsize=2,
-        color=color,
-        alpha=alpha,
-        label=label,
-    )
+    means = [mean for mean, _, _ in intervals]
+    panel.errorbar([turn for turn, _ in points], means, yerr=error_bars(intervals), capsize=2, **style)

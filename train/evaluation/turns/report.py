@@ -12,6 +12,8 @@ from train.resampling import explain_missing_intervals, missing_interval_reason
 
 HEADING = "## Does the system message hold over several turns?"
 _COLORS = {"plain": "tab:blue", "push_back": "tab:red"}
+_OFFSETS = {"plain": -0.03, "push_back": 0.03}
+"""Shifts to the side in turns: the curves share their first turns."""
 _CURVES = (("held", "--", "at turn k"), ("held_through", "-", "in all turns 1 to k"))
 _MAX_SHOWN = 300
 _HISTORIES = {"own": "the model's own answers", "reference": "reference answers, which obey the rule"}
@@ -192,7 +194,14 @@ def plot_curves(records: Mapping[str, Mapping[str, Any]], path: Path) -> None:
             for variant in _variants(record):
                 for measure, style, label in _CURVES:
                     shares = [(share["mean"], share["low"], share["high"]) for share in record[variant][ALL][measure]]
-                    text, alpha = f"{VARIANTS[variant]}: {label}", 0.5 if measure == "held" else 1.0
-                    draw_curve(panel, shares, text, f"{style}o", _COLORS[variant], alpha)
+                    draw_curve(
+                        panel,
+                        shares,
+                        offset=_OFFSETS[variant],
+                        fmt=f"{style}o",
+                        color=_COLORS[variant],
+                        alpha=0.5 if measure == "held" else 1,
+                        label=f"{VARIANTS[variant]}: {label}",
+                    )
             if at := record["data"]["push_back_at"]:
                 panel.axvline(at, color="black", linewidth=0.8, linestyle=":")

@@ -107,9 +107,6 @@ def plot_curves(records: Mapping[str, Record], path: Path) -> None:
     """Save a PNG with a panel for each record (title -> sysbench.json): shares that hold at turn k, and up to it."""
     with turn_panels(path, list(records), TURNS, "SysBench: does the system message hold?") as panels:
         for record, panel in zip(records.values(), panels, strict=True):
-            for key, style, label in (
-                ("isr_by_turn", "--o", "at turn k"),
-                ("holds_through", "-o", "in all turns 1 to k"),
-            ):
+            for key, label, style, alpha in _CURVES:
                 shares = [share and (share["mean"], share["low"], share["high"]) for share in record[key]]
-                draw_curve(panel, shares, label, style, COLOR, 0.5 if key == "isr_by_turn" else 1.0)
+                draw_curve(panel, shares, label=label, fmt=style, color=COLOR, alpha=alpha)

@@ -119,19 +119,25 @@ def test_rows_of_several_turns_have_the_questions_of_earlier_rows(tmp_path: Path
     log = Log()
     rows = [row_of(number) for number in range(40)]
     run_with(author(log), tmp_path, rows, pressure={"turns": 1.0}, **ANSWER)
-    lengths = Counter()
+    lengths: Counter[int] = Counter()
+    tactics: Counter[bool] = Counter()
     for row in lines(tmp_path / "out" / "data" / "rows.jsonl"):
         if "pressure" not in row["sysgen"]:
             continue
         number = int(row["sysgen"]["source"].rpartition(":")[2]) - 1
         asked = [turn["content"] for turn in row["messages"] if turn["role"] == "user"]
-        own = [turn["content"] for turn in row_of(number)["messages"] if turn["role"] == "user"]
-        assert asked[: len(own)] == own
-        further = asked[len(own) :]
-        assert set(further) <= {row_of(earlier)["messages"][0]["content"] for earlier in range(number)}
+        numbers = [int(re.findall(r"\[(\d+)\]", turn)[0]) for turn in asked]
+        own, further = [number, number + 100][: 1 + (number % 9 == 4)], numbers[1 + (number % 9 == 4) :]
+        assert numbers == own + further
+        assert set(further) <= set(range(number))
         assert len(set(further)) == len(further)
         lengths[len(further)] += 1
-    assert lengths.keys() == {1, 2, 3, 4}
+        pushes_back = [turn != question(each) for turn, each in zip(asked, numbers, strict=True)]
+        assert not pushes_back[0]
+        assert sum(pushes_back) == (row["sysgen"]["pressure"]["tactic"] != "plain")
+        tactics[row["sysgen"]["pressure"]["tactic"] == "plain"] += 1
+    assert {1, 2, 3} <= lengths.keys() <= {1, 2, 3, 4}
+    assert min(tactics[True], tactics[False]) > 0
 
 
 def test_kills_give_the_same_bytes_and_repeat_no_journaled_request(tmp_path: Path) -> None:

@@ -108,7 +108,7 @@ class PressureSection(Section):
 
     @property
     def is_on(self) -> bool:
-        """Whether any row is to be written under pressure."""
+        """True if any share is above 0."""
         return any(self.shares().values())
 
 

@@ -76,12 +76,12 @@ class PressureRow:
     messages: list[Message] = field(default_factory=list)
     """The conversation with its answers; empty if the row was given up."""
     reason: str = ""
-    """Why it was given up; empty if it is kept."""
+    """Reason for giving it up; empty if it is kept."""
     refused_answers: Counter[str] = field(default_factory=Counter)
 
     @property
     def is_kept(self) -> bool:
-        """Whether all answers passed."""
+        """True if all answers passed."""
         return bool(self.messages)
 
     def give_up(self, reason: str) -> "PressureRow":

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from train.evaluation.formatting import format_estimate
+from train.evaluation.formatting import format_estimate, quote_line
 from train.evaluation.turns.figures import ALL, KINDS, VARIANTS, JudgedTurns, of_kind
 from train.formatting import format_count
 from train.reporting.plots import error_bars, escape_math, new_figure
@@ -12,8 +12,9 @@ from train.resampling import explain_missing_intervals, missing_interval_reason
 
 HEADING = "## Does the system message hold over several turns?"
 _COLORS = {"plain": "tab:blue", "push_back": "tab:red"}
+_OFFSETS = {"plain": -0.03, "push_back": 0.03}
+"""Shifts to the side in turns: the curves share their first turns."""
 _CURVES = (("held", "--", "at turn k"), ("held_through", "-", "in all turns 1 to k"))
-_MAX_SHOWN = 300
 _HISTORIES = {"own": "the model's own answers", "reference": "reference answers, which obey the rule"}
 
 
@@ -126,9 +127,9 @@ def _kinds(record: Mapping[str, Any], turns: int) -> list[str]:
         if kind in record["plain"]:
             cells = [label, f"{record['plain'][kind]['conversations']:,}"]
             for variant in _variants(record):
-                of_kind_ = record[variant][kind]
-                cells += [_percent(of_kind_["held"][-1]), _percent(of_kind_["held_through"][-1])]
-                cells += [_number(of_kind_["run_length"], 2)]
+                of_this = record[variant][kind]
+                cells += [_percent(of_this["held"][-1]), _percent(of_this["held_through"][-1])]
+                cells += [_number(of_this["run_length"], 2)]
             rows.append(cells)
     return _table(header, rows)
 
@@ -151,17 +152,12 @@ def _sample(judged: Sequence[JudgedTurns]) -> list[str]:
     variant = "push_back" if of_kind(judged, "push_back") else "plain"
     candidates = of_kind(judged, variant)
     shown = next((each for each in candidates if 0 < each.run_length < len(each.turns)), candidates[0])
-    lines = [f"A conversation ({shown.row.key}):", "", f"- system: {_quoted(shown.conversation.message)}"]
+    lines = [f"A conversation ({shown.row.key}):", "", f"- system: {quote_line(shown.conversation.message)}"]
     for user, turn in zip(shown.conversation.user_turns, shown.turns, strict=True):
         verdicts = f"{'holds' if turn.held else 'does not hold'}, {'answered' if turn.answered else 'not answered'}"
-        answer = f"({verdicts}): {_quoted(turn.text)}" if turn.text is not None else f"({turn.how})"
-        lines += [f"- user: {_quoted(user)}", f"  - answer {answer}"]
+        answer = f"({verdicts}): {quote_line(turn.text)}" if turn.text is not None else f"({turn.how})"
+        lines += [f"- user: {quote_line(user)}", f"  - answer {answer}"]
     return lines
-
-
-def _quoted(text: str) -> str:
-    shown = text if len(text) <= _MAX_SHOWN else text[:_MAX_SHOWN] + " ..."
-    return "`" + shown.replace("`", "'").replace("\n", " ⏎ ") + "`"
 
 
 def _percent(estimate: Mapping[str, Any]) -> str:
@@ -193,7 +189,7 @@ def plot_curves(records: Mapping[str, Mapping[str, Any]], path: Path) -> None:
                 for measure, style, label in _CURVES:
                     shares = [(share["mean"], share["low"], share["high"]) for share in record[variant][ALL][measure]]
                     panel.errorbar(
-                        turns,
+                        [turn + _OFFSETS[variant] for turn in turns],
                         [mean for mean, _, _ in shares],
                         yerr=error_bars(shares),
                         fmt=f"{style}o",

@@ -12,12 +12,10 @@ from published_rows import write_realguardrails, write_tensortrust
 from scripted_server import Asked, Reply, ScriptedServer, chat_reply, error, served
 
 from train.errors import UserError
-from train.evaluation.hierarchy.published_sets import (
-    PublishedOptions,
-    SetResults,
-    measure_published_sets,
-    read_published_sets,
-)
+from train.evaluation.hierarchy.published_options import PublishedOptions
+from train.evaluation.hierarchy.published_sets import measure_published_sets, read_published_sets
+from train.evaluation.hierarchy.results_of_set import SetResults
+from train.evaluation.judge_options import contact_judge_once
 from train.evaluation.results.published_sets import read_published_sets as read_published_sets_of
 from train.resampling import estimate_share
 
@@ -75,7 +73,9 @@ def options(url: str, **settings: Any) -> PublishedOptions:
 
 def measure(settings: PublishedOptions, folder: Path) -> list[SetResults]:
     sets = read_published_sets(settings)
-    return measure_published_sets(settings, sets, settings.local_or_served(), folder / "hierarchy.sqlite")
+    contact = contact_judge_once(settings, settings.wait_for_server)
+    journal = folder / "hierarchy.sqlite"
+    return measure_published_sets(settings, sets, settings.local_or_served(), journal, before_asking=contact)
 
 
 def share_of(lines: Sequence[Mapping[str, Any]], subset: str) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from train.errors import UserError
 from train.evaluation.answer_endings import describe_ending
-from train.evaluation.judge_options import contact_judge, judge_all, refuse_unusable_servers
+from train.evaluation.judge_options import contact_judge_once, judge_all, refuse_unusable_servers
 from train.evaluation.judge_report import judgement_counts, refuse_without_verdicts, verdict_warnings
 from train.evaluation.results_dir import Writer, as_json, as_jsonl, write_results
 from train.evaluation.turns.histories import NOT_ASKED, Answers, History, answer_turns, text_of
@@ -108,14 +108,6 @@ def _answer(config: TurnsOptions, conversations: Sequence[Conversation], folder:
     """Return the model's answers. The judge is contacted before the model's first answer, which may take hours."""
     from train.evaluation.models.responses import open_model
 
-    contacted = False
-
-    async def contact_once() -> None:
-        nonlocal contacted
-        if not contacted:
-            contacted = True
-            await contact_judge(config, config.wait_for_server)
-
     with open_model(config.local_or_served()) as model:
         return answer_turns(
             model,
@@ -125,7 +117,7 @@ def _answer(config: TurnsOptions, conversations: Sequence[Conversation], folder:
             history=config.history,
             stage="sysbench",
             wait_for_server=config.wait_for_server,
-            before_asking=contact_once,
+            before_asking=contact_judge_once(config, config.wait_for_server),
         )
 
 

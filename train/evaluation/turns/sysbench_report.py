@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from train.evaluation.formatting import format_estimate
+from train.evaluation.formatting import format_estimate, quote_line
 from train.evaluation.judge_report import missing_verdict_lines
 from train.evaluation.turns.curves import draw_curve, turn_panels
 from train.evaluation.turns.sysbench_figures import ALIGNMENTS, MEASURES, ROUNDS
@@ -16,7 +16,6 @@ from train.resampling import explain_missing_intervals, missing_interval_reason
 
 HEADING = "## SysBench"
 PUBLISHED_JUDGE = "gpt-4o-2024-05-13"
-_LONGEST = 400
 _CURVES = (("isr_by_turn", "at turn k", "--o", 0.5), ("holds_through", "in all turns 1 to k", "-o", 1.0))
 
 Record = Mapping[str, Any]
@@ -87,20 +86,14 @@ def _sample(rows: Sequence[Record]) -> list[str]:
     """Return the first conversation that breaks, or the first of all, turn by turn."""
     broken = next((row["system_id"] for row in rows if row["holds"] is False), rows[0]["system_id"])
     chosen = [row for row in rows if row["system_id"] == broken]
-    lines = [f"Conversation {broken}:", "", f"- system: {_quoted(chosen[0]['system'])}"]
+    lines = [f"Conversation {broken}:", "", f"- system: {quote_line(chosen[0]['system'])}"]
     for row in chosen:
         verdict = {True: "holds", False: "does not hold", None: "no verdict"}[row["holds"]]
         unmet = [each["text"] for each in row["criteria"] if each["met"] is False]
-        lines += [f"- turn {row['turn']}, user: {_quoted(row['user'])}"]
-        lines += [f"  - answer ({verdict}): {_quoted(row['answer'] or row['why'] or '')}"]
-        lines += [f"  - not met: {_quoted(text)}" for text in unmet]
+        lines += [f"- turn {row['turn']}, user: {quote_line(row['user'])}"]
+        lines += [f"  - answer ({verdict}): {quote_line(row['answer'] or row['why'] or '')}"]
+        lines += [f"  - not met: {quote_line(text)}" for text in unmet]
     return lines
-
-
-def _quoted(text: str) -> str:
-    """Return `text`, or its beginning, on one line of Markdown."""
-    shown = text if len(text) <= _LONGEST else text[:_LONGEST] + " ..."
-    return "`" + shown.replace("`", "'").replace("\n", " ⏎ ") + "`"
 
 
 def plot_curves(records: Mapping[str, Record], path: Path) -> None:

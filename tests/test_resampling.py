@@ -11,6 +11,7 @@ from train.resampling import (
     DIFFERENCE_BOUNDS,
     MIN_GROUPS,
     SHARE_BOUNDS,
+    estimate_mean_of_shares,
     estimate_means,
     estimate_share,
     explain_missing_intervals,
@@ -141,3 +142,40 @@ def test_equal_differences_have_tangos_interval(value: float, low: bool, high: b
             assert sign * tangos_score(pairs, better, worse, end) == pytest.approx(Z, abs=1e-6)
         else:
             assert end == value
+
+
+def test_the_interval_of_a_mean_of_shares_equals_a_plain_bootstrap_over_groups() -> None:
+    """Group g has one row in the first share and three equal rows in the second; 40 of 60 groups have the latter."""
+    rng = np.random.default_rng(1)
+    groups = [f"group {number}" for number in range(60)]
+    first = {group: int(rng.random() < 0.7) for group in groups}
+    second = {group: [int(rng.random() < 0.3)] * 3 for group in groups[:40]}
+    in_second = [group for group in groups[:40] for _ in range(3)]
+    estimate = estimate_mean_of_shares(
+        [
+            ([first[group] for group in groups], groups),
+            ([value for values in second.values() for value in values], in_second),
+        ]
+    )
+    values = [value for values in second.values() for value in values]
+    assert estimate.mean == pytest.approx((sum(first.values()) / 60 + sum(values) / 120) / 2)
+    means = []
+    for _ in range(4_000):
+        drawn = rng.choice(groups, size=60)
+        of_first = [first[group] for group in drawn]
+        of_second = [value for group in drawn for value in second.get(group, [])]
+        means.append((sum(of_first) / len(of_first) + sum(of_second) / len(of_second)) / 2)
+    low, high = np.quantile(means, [0.025, 0.975])
+    assert (estimate.low, estimate.high) == pytest.approx((low, high), abs=0.02)
+    assert high - low > 0.15
+    assert (estimate.interval, estimate.groups) == ("bootstrap", 60)
+
+
+def test_a_mean_of_constant_shares_has_the_mean_of_their_intervals() -> None:
+    shares = [([1.0] * 8, [f"a{number}" for number in range(8)]), ([0.0] * 20, [f"b{number}" for number in range(20)])]
+    estimate = estimate_mean_of_shares(shares)
+    assert (estimate.mean, estimate.interval) == (0.5, "bounded")
+    assert estimate.low == pytest.approx((wilson_interval(1, 8)[0] + 0) / 2)
+    assert estimate.high == pytest.approx((1 + wilson_interval(0, 20)[1]) / 2)
+    few = estimate_mean_of_shares([shares[1], ([1.0] * 9, ["a"] * 4 + ["b"] * 5)])
+    assert (few.low, few.missing) == (None, "n = 2")

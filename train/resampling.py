@@ -95,6 +95,43 @@ def estimate_share(values: Sequence[float], groups: Sequence[str]) -> Estimate:
     return estimate
 
 
+def estimate_mean_of_shares(
+    shares: Sequence[tuple[Sequence[float], Sequence[str]]], *, seed: int = 0, resamples: int = RESAMPLES
+) -> Estimate:
+    """Estimate the mean of several shares: each has the same weight, whatever its number of rows.
+
+    Groups are resampled together, as a group may have rows in several shares, and each share is computed anew. The
+    interval is missing if a share has fewer than MIN_GROUPS groups. If no share varies, it is the mean of the intervals
+    of equal values with bounds (see above).
+
+    Args:
+        shares: for each share the values of its rows (0 or 1) and their groups.
+        seed: seed of the resamples.
+        resamples: number of bootstrap resamples.
+    """
+    numbers = {group: number for number, group in enumerate(sorted({group for _, names in shares for group in names}))}
+    sums, sizes = np.zeros((len(numbers), len(shares))), np.zeros((len(numbers), len(shares)))
+    for column, (values, names) in enumerate(shares):
+        rows = [numbers[name] for name in names]
+        np.add.at(sums[:, column], rows, values)
+        np.add.at(sizes[:, column], rows, 1)
+    of_share = sums.sum(0) / sizes.sum(0)
+    mean, groups = float(of_share.mean()), (sizes > 0).sum(0)
+    if groups.min() < MIN_GROUPS:
+        return Estimate(mean, None, None, 1.0, int(groups.min()), "none: too few")
+    if np.isin(of_share, SHARE_BOUNDS).all():
+        unseen = np.array([wilson_interval(0.0, int(count))[1] for count in groups])
+        low, high = (of_share * (1 - unseen)).mean(), (of_share + unseen * (1 - of_share)).mean()
+        return Estimate(mean, float(low), float(high), 1.0, len(numbers), "bounded")
+    rng = np.random.default_rng(seed)
+    count = len(numbers)
+    weights = rng.multinomial(count, np.full(count, 1 / count), size=resamples).astype(np.float64)
+    with np.errstate(invalid="ignore"):  # a resample may hold no row of a small share: it is left out
+        resampled = ((weights @ sums) / (weights @ sizes)).mean(1)
+    low, high = np.nanquantile(resampled, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return Estimate(mean, float(low), float(high), 1.0, count, "bootstrap")
+
+
 def estimate_means(
     values: NDArray[np.float64],
     instructions: NDArray[np.int64],

@@ -12,8 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from train.llm.failures import RequestFailed
+from train.llm.judgement import PendingError
 from train.llm.request import Answer, Request
-from train.multifaceted.bench.judging import PROMPT_VERSION, PendingError, judge_prompt, judge_rubric
+from train.multifaceted.bench.judging import PROMPT_VERSION, judge_prompt, judge_rubric
 from train.multifaceted.bench.protocol import JudgeSettings
 from train.multifaceted.bench.rows import BenchRow, Rubric
 from train.multifaceted.judge import parse_score
@@ -211,16 +212,16 @@ def judge(asker: ScriptedReply, **settings: int):
 
 def test_reasoning_is_not_searched_for_a_score() -> None:
     judgement = judge(ScriptedReply(answer("<think>[RESULT] 5 or so</think>It is weak. [RESULT] 2")))
-    assert judgement.score == 2
+    assert judgement.verdict == 2
     asker = ScriptedReply(answer("<think>I lean to [RESULT] 5"), answer("[RESULT] 1"))
     judgement = judge(asker)
-    assert (judgement.score, judgement.errors) == (1, ("without an end to its reasoning",))
+    assert (judgement.verdict, judgement.errors) == (1, ("without an end to its reasoning",))
     assert len(asker.asked) == 2
     for text in (
         "Hm, [RESULT] 5?</think>Weak. [RESULT] 2<|im_end|>",
         "analysisWe see [RESULT] 5.assistantfinal[RESULT] 2",
     ):
-        assert judge(ScriptedReply(answer(text))).score == 2
+        assert judge(ScriptedReply(answer(text))).verdict == 2
 
 
 def test_a_cut_or_refused_answer_is_requested_again_as_another_sample() -> None:
@@ -228,7 +229,7 @@ def test_a_cut_or_refused_answer_is_requested_again_as_another_sample() -> None:
         answer('It says "[RESULT] 5', "length"), answer("[RESULT] 4", refusal="no"), answer("hm"), answer("[RESULT] 3")
     )
     judgement = judge(asker, retries=3)
-    assert (judgement.score, judgement.missing) == (3, None)
+    assert (judgement.verdict, judgement.missing) == (3, None)
     assert judgement.errors == ("cut at the token limit", "refused", "no score at its end")
     assert [request.sample for request in asker.asked] == [0, 1, 2, 3]
     assert {request.stage for request in asker.asked} == {"judge, run 2"}
@@ -238,7 +239,7 @@ def test_a_cut_or_refused_answer_is_requested_again_as_another_sample() -> None:
 def test_a_missing_score_has_a_reason() -> None:
     assert judge(ScriptedReply(answer("a"), answer("b")), retries=1).missing == "unparsable"
     judgement = judge(ScriptedReply(answer("a"), RequestFailed("too long")), retries=1)
-    assert (judgement.score, judgement.missing, judgement.detail, judgement.texts) == (
+    assert (judgement.verdict, judgement.missing, judgement.detail, judgement.texts) == (
         None,
         "no answer",
         "too long",

@@ -24,7 +24,7 @@ from train.data.tokens.workers import RowTokenizer
 from train.errors import UserError
 from train.recipe import Source
 from train.resampling import estimate_means
-from train.system_gain.log_likelihood import compute_log_likelihoods, make_batches
+from train.system_gain.log_likelihood import compute_log_likelihoods, compute_span_log_likelihoods, make_batches
 from train.system_gain.metric import SystemGain, measure_row, render_table, system_gain
 from train.system_gain.variants import (
     LabelledConversation,
@@ -99,6 +99,26 @@ def tiny(tiny_model: Path) -> torch.nn.Module:
 @pytest.fixture
 def tiny_tokenizer(tiny_model: Path) -> PreTrainedTokenizerBase:
     return AutoTokenizer.from_pretrained(tiny_model)
+
+
+def test_each_answer_of_a_conversation_is_scored_by_itself(
+    tiny: torch.nn.Module, tiny_tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """One forward pass gives what a pass over the conversation up to the end of each answer gives."""
+    use_template(tiny_tokenizer, "chatml")
+    conversations = [row["messages"] for row in rows_of_words(5, instructions=5, turns=3)]
+    pieces = [encode(tiny_tokenizer, messages)[0] for messages in conversations]
+    assert [len(piece.trained) for piece in pieces] == [3] * 5
+    sums = {
+        row: spans
+        for batch in compute_span_log_likelihoods(tiny, pieces, tokens_per_batch=600)
+        for row, spans in batch.items()
+    }
+    for number, piece in enumerate(pieces):
+        alone = [
+            plain_sum(tiny, [EncodedRow(piece.ids[:end], np.array([[start, end]]))]) for start, end in piece.trained
+        ]
+        assert sums[number] == pytest.approx(alone, abs=1e-4)
 
 
 @pytest.mark.parametrize("turns", [1, 3])

@@ -20,20 +20,19 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from train.errors import UserError, replace_in_errors
-from train.evaluation.bench_config import COMMON, JUDGE_FIELDS, RESPONSE_FIELDS, BenchConfig
+from train.errors import UserError
+from train.evaluation.bench_config import COMMON, RESPONSE_FIELDS, BenchConfig
 from train.evaluation.command_options import add_options, load_settings
-from train.evaluation.models.options import server_options
+from train.evaluation.judge_options import JUDGE_FIELDS, contact_judge, refuse_unusable_servers, with_judge
 from train.evaluation.required_paths import require_model
 from train.evaluation.results_dir import as_json, as_jsonl, exclusive, output_folder, write_results
 from train.formatting import format_count
 from train.recipe import Source
 
 if TYPE_CHECKING:
+    from train.llm.client import Client
     from train.llm.failures import RequestFailed
-    from train.llm.journal import Journal
     from train.llm.request import Answer
-    from train.llm.server import Server
     from train.multifaceted.bench.batch_api import BatchAnswers, BatchJudgeClient
     from train.multifaceted.bench.pairwise import PairwiseComparison
     from train.multifaceted.bench.rows import Bench, GivenResponses
@@ -92,41 +91,18 @@ def _measure(config: BenchConfig, folder: Path) -> None:
 
 def _refuse_unusable_judge(config: BenchConfig) -> None:
     """Raise UserError for what would end the run only after the model has answered, which may take hours."""
-    from train.llm.concurrency import Backoff
-    from train.llm.server import ServerConnection
     from train.multifaceted.bench.batch_api import read_batch
     from train.multifaceted.bench.judging import PROMPT_VERSION
     from train.multifaceted.bench.pairwise import read_protocol, read_results
     from train.multifaceted.bench.protocol import protocol_of, refuse_other_protocol, settings_of
 
-    async def open_and_close(server: "Server") -> None:
-        await ServerConnection(server, Backoff(), patience=0).endpoint.api.close()
-
-    with replace_in_errors(server_options("judge-")):
-        for server in config.judge_servers():
-            asyncio.run(open_and_close(server))
+    refuse_unusable_servers(config)
     read_batch(config.batch_in)
     if config.against:
         against = Path(config.against)
         theirs = protocol_of(read_protocol(against, read_results(against)))
         ours = settings_of(config.protocol(), PROMPT_VERSION, None if config.responses else config.response_decoding())
         refuse_other_protocol("this run", ours, f"--against {config.against}", theirs)
-
-
-async def _contact_judge(config: BenchConfig) -> None:
-    """Check that the judge's servers answer, before the model spends hours on responses."""
-    from train.llm.refusals import option_formatter
-    from train.llm.startup_check import check_servers
-
-    if config.judge_server:
-        with replace_in_errors(server_options("judge-")):
-            await check_servers(
-                config.judge_servers(),
-                config.judge,
-                wait=config.wait_for_server,
-                stages={"judge": config.protocol().judge.decoding},
-                format_setting=option_formatter(JUDGE_FIELDS, "judge-"),
-            )
 
 
 def _read_responses(config: BenchConfig, bench: "Bench") -> "list[list[Response]]":
@@ -185,7 +161,7 @@ def _ask_model(config: BenchConfig, bench: "Bench", folder: Path) -> "tuple[list
         stage="bench response",
         description="responses",
         wait_for_server=config.wait_for_server,
-        before_asking=partial(_contact_judge, config),
+        before_asking=partial(contact_judge, config, config.wait_for_server),
         format_setting=option_formatter(RESPONSE_FIELDS),
     )
     failures = [answer for of_row in answers for answer in of_row if isinstance(answer, RequestFailed)]
@@ -208,35 +184,20 @@ def _judge(
     config: BenchConfig, bench: "Bench", responses: "list[list[Response]]", folder: Path
 ) -> "tuple[list[JudgedRow], str]":
     """Return the judged rows, from servers or batch files, and the option to change if requests were refused."""
-    from train.llm.client import Client
     from train.llm.journal import Journal
     from train.llm.refusals import option_formatter
     from train.multifaceted.bench.batch_api import BatchJudgeClient, read_batch
     from train.multifaceted.bench.scoring import judge_rows
 
-    protocol = config.protocol()
-    format_setting = option_formatter(JUDGE_FIELDS, "judge-")
-
-    async def ask_servers(journal: "Journal") -> "tuple[list[JudgedRow], str]":
-        async with Client(
-            config.judge_servers(),
-            config.judge,
-            journal,
-            wait_for_server=config.wait_for_server,
-            format_setting=format_setting,
-        ) as client:
-            judged = await judge_rows(client, protocol, bench.rows, responses)
-        for line in client.counts.bad_servers:
-            print(f"warning: {line}", flush=True)
-        return judged, client.counts.advice
+    async def ask(client: "Client | BatchJudgeClient") -> "list[JudgedRow]":
+        return await judge_rows(client, config.protocol(), bench.rows, responses)
 
     batch = read_batch(config.batch_in)
     with Journal(folder / JOURNAL) as journal:
         if config.judge_server:
-            with replace_in_errors(server_options("judge-")):
-                return asyncio.run(ask_servers(journal))
-        client = BatchJudgeClient(journal, config.judge, batch, format_setting)
-        judged = asyncio.run(judge_rows(client, protocol, bench.rows, responses))
+            return with_judge(config, journal, ask, wait=config.wait_for_server)
+        client = BatchJudgeClient(journal, config.judge, batch, option_formatter(JUDGE_FIELDS, "judge-"))
+        judged = asyncio.run(ask(client))
     _report_batch(config, batch, client)
     return judged, client.advice
 

@@ -3,11 +3,13 @@
 Defaults are the paper's (arXiv:2405.17977) where it states one. An option on the command line overrides the file.
 """
 
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
 from train.errors import UserError
+from train.evaluation.judge_options import COMMON as COMMON_OF_JUDGE
+from train.evaluation.judge_options import JudgeOptions
 from train.evaluation.models.options import COMMON as COMMON_OF_MODEL
 from train.evaluation.models.options import ModelOptions, refuse_extra_fields
 from train.evaluation.required_paths import require_file
@@ -25,23 +27,18 @@ from train.multifaceted.bench.protocol import (
 )
 from train.recipe import PathText, Text
 
-if TYPE_CHECKING:
-    from train.llm.server import Server
-
 COMMON = (
     *COMMON_OF_MODEL,
     *("data", "limit", "no_system", "responses", "best_of", "pick_by", "top_p", "extra"),
-    *("judge", "judge_server", "judge_top_p", "judge_extra", "runs", "retries", "batch_out", "batch_in"),
-    *("output_dir", "against"),
+    *COMMON_OF_JUDGE,
+    *("judge_top_p", "runs", "batch_out", "batch_in", "output_dir", "against"),
 )
 """The options that --help shows."""
 RESPONSE_FIELDS = ("temperature", "top_p", "repetition_penalty")
 """Request fields of the responses that have keys of their own, besides the token limit."""
-JUDGE_FIELDS = ("temperature", "top_p")
-"""Likewise of the judge."""
 
 
-class BenchConfig(ModelOptions):
+class BenchConfig(JudgeOptions, ModelOptions):
     """A run of Multifaceted Bench: the model, the rows, the judge and the results."""
 
     data: Annotated[tuple[PathText, ...], Field(strict=False, min_length=1)] = (HUB_ID,)
@@ -69,25 +66,14 @@ class BenchConfig(ModelOptions):
     """1 = none, and not sent, like null, for servers without this field."""
     judge: Text
     """The judge's name on its server. The paper's judge was gpt-4-0125-preview."""
-    judge_server: Annotated[tuple[Text, ...], Field(strict=False)] = ()
-    """Addresses of the judge's servers."""
-    judge_concurrency: int = Field(default=64, ge=1)
-    """Simultaneous requests to each of the judge's servers."""
-    judge_key_variable: Text | None = None
-    """Environment variable that holds the key of the judge's servers."""
     judge_max_tokens: int = Field(default=PAPERS_DECODING.max_tokens, ge=1)
     """Maximum tokens of a judgement."""
     judge_temperature: float | None = Field(default=PAPERS_DECODING.temperature, ge=0)
     """Sampling temperature of the judge; null = not sent."""
     judge_top_p: float | None = Field(default=PAPERS_DECODING.top_p, gt=0, le=1)
     """Nucleus sampling of the judge; null = not sent."""
-    judge_extra: dict[str, Any] = Field(default_factory=dict)
-    """More fields of each request to the judge, as a JSON object; null = that field is not sent.
-    {"max_completion_tokens": 4096} replaces `judge_max_tokens`."""
     runs: int = Field(default=PAPERS_RUNS, ge=1, le=MAX_RUNS)
     """Runs of the judge that are averaged. Each run asks about every rubric again."""
-    retries: int = Field(default=3, ge=0)
-    """Maximum number of repeated requests for a judgement without a score."""
     show_system: bool = False
     """Show the system message to the judge: not the paper's protocol."""
     batch_out: PathText | None = None
@@ -110,18 +96,9 @@ class BenchConfig(ModelOptions):
 
     def protocol(self) -> Protocol:
         """Return the settings by which rows are scored."""
-        decoding = Decoding.from_settings(
-            self.judge_max_tokens, self.judge_temperature, self.judge_top_p, extra=self.judge_extra
-        )
-        judge = JudgeSettings(self.judge, decoding, self.runs, self.retries, self.show_system)
+        judge = JudgeSettings(self.judge, self.judge_decoding(), self.runs, self.retries, self.show_system)
         picking: dict[str, Any] = {"pick_by": self.pick_by.replace("-", " ")}
         return Protocol(judge, self.best_of, **picking)
-
-    def judge_servers(self) -> "list[Server]":
-        """Return the judge's servers."""
-        from train.llm.server import Server  # which takes a second to import
-
-        return [Server(url, self.judge_concurrency, self.judge_key_variable) for url in self.judge_server]
 
     def refuse_contradictions(self) -> None:
         """Raise UserError for settings that contradict each other, and for files that do not exist."""
@@ -145,9 +122,7 @@ class BenchConfig(ModelOptions):
                     raise UserError(f"{option}: the responses of --responses exist already. Leave one of the two out.")
         if self.against:
             require_file("--against", self.against)
-        for prefix, fields, extra in (("", RESPONSE_FIELDS, self.extra), ("judge_", JUDGE_FIELDS, self.judge_extra)):
-            own = {
-                name: (f"--{prefix}{name}".replace("_", "-"), getattr(self, f"{prefix}{name}"))
-                for name in ("max_tokens", *fields)
-            }
-            refuse_extra_fields(f"--{prefix}extra".replace("_", "-"), extra, own)
+        names = ("max_tokens", *RESPONSE_FIELDS)
+        own = {name: (f"--{name.replace('_', '-')}", getattr(self, name)) for name in names}
+        refuse_extra_fields("--extra", self.extra, own)
+        self.refuse_extra_of_judge()

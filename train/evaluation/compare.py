@@ -1,12 +1,13 @@
-r"""Results of two models side by side: gain, rules, ifeval, bench and harness, paired by rows.
+r"""Results of two models side by side: gain, rules, ifeval, turns, bench and harness, paired by rows.
 
     python scripts/evaluate.py compare outputs/smollm2-135m-instruct \
         outputs/smollm2-135m-quickstart
 
-Writes compare.json and compare.png.
+Writes compare.json and compare.png; for turns also turns_compare.png, the curves of both models.
 """
 
 import argparse
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -18,8 +19,9 @@ import numpy as np
 from train.cli import non_negative_int
 from train.errors import UserError
 from train.evaluation.formatting import format_estimate
-from train.evaluation.results import Measure, Results, read_before, read_results
-from train.evaluation.results_dir import as_json, write_results
+from train.evaluation.results import KINDS, Measure, Results, read_before, read_results
+from train.evaluation.results_dir import Writer, as_json, write_results
+from train.evaluation.turns.report import plot_curves
 from train.multifaceted.bench.pairwise import PairwiseComparison, compare_pairwise, scores_of_shared_rubrics
 from train.progress import progress_bar
 from train.reporting.conditions import all_differences, missing_conditions, recorded_differences
@@ -28,7 +30,6 @@ from train.reporting.plots import BASELINE_COLOR, COLOR, BarSeries, draw_bars, n
 from train.resampling import DIFFERENCE_BOUNDS, Bounds, Estimate, estimate_means, explain_missing_intervals
 from train.storage.local_paths import describe_missing_path
 
-_KINDS = ("gain", "rules", "ifeval", "bench", "harness")
 _BOUNDS: dict[str, Bounds] = {"share": DIFFERENCE_BOUNDS, "points": (-2.0, 2.0)}
 """Bounds of the difference of two measures, by their unit; other units have none."""
 _AXES = {
@@ -86,9 +87,9 @@ def add_to(commands: Any) -> None:
     parser.add_argument(
         "--only",
         nargs="+",
-        choices=_KINDS,
+        choices=KINDS,
         metavar="KIND",
-        help=f"compare only these of {', '.join(_KINDS)} (default: all that both have)",
+        help=f"compare only these of {', '.join(KINDS)} (default: all that both have)",
     )
     parser.add_argument("--details", action="store_true", help="also show rules, sources, and tasks within groups")
     parser.add_argument("--seed", type=non_negative_int, default=0, help="seed of the intervals (default 0)")
@@ -104,7 +105,7 @@ def run(options: argparse.Namespace) -> None:
     # Results of A that were measured with --before A are in the folder of B.
     of_first, other_models = read_before(of_second, options.first)
     for place, results in (options.first, of_first), (options.second, of_second):
-        selected = {kind: of_kind for kind, of_kind in results.items() if kind in (options.only or _KINDS)}
+        selected = {kind: of_kind for kind, of_kind in results.items() if kind in (options.only or KINDS)}
         if not selected:
             raise UserError(f"{place}: has {', '.join(results)}, and nothing of --only {' '.join(options.only)}")
         sides.append(selected)
@@ -128,7 +129,12 @@ def run(options: argparse.Namespace) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{folder}: cannot be created: {error.strerror}") from error
-    write_results(folder, {"compare.json": as_json(record), "compare.png": partial(plot_pairs, shown, names)})
+    files: dict[str, Writer] = {"compare.json": as_json(record), "compare.png": partial(plot_pairs, shown, names)}
+    if all("turns" in side for side in sides):
+        records = [json.loads(side["turns"].path.read_text(encoding="utf-8")) for side in sides]
+        titles = (f"{side} = {truncate_middle(name, 50)}" for side, name in zip("AB", names, strict=True))
+        files["turns_compare.png"] = partial(plot_curves, dict(zip(titles, records, strict=True)))
+    write_results(folder, files)
     print(table(comparison, shown, names))
     if wins:
         print(f"bench, row by row:\n\n{wins.markdown()}")

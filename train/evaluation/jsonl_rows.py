@@ -40,15 +40,20 @@ def read_jsonl_rows(path: Path, model: type[Row], contents: str, prefix: str = "
         place = f"{prefix}{path}:{number}"
         try:
             raw = json.loads(line)
-            row = model.model_validate(raw)
         except json.JSONDecodeError as error:
             raise UserError(f"{place}: not valid JSON: {error.msg} at column {error.colno}. {contents}") from error
-        except ValidationError as error:
-            raise UserError(f"{place}: {_first_error(error)}. {contents}") from error
         count += 1
-        yield place, raw, row
+        yield place, raw, check_row(place, raw, model, contents)
     if not count:
         raise UserError(f"{prefix}{path}: holds no rows. {contents}")
+
+
+def check_row(place: str, raw: Any, model: type[Row], contents: str) -> Row:
+    """Return a JSON object as a checked row. Raises UserError that names the place and the key if it is not usable."""
+    try:
+        return model.model_validate(raw)
+    except ValidationError as error:
+        raise UserError(f"{place}: {_first_error(error)}. {contents}") from error
 
 
 def _first_error(error: ValidationError) -> str:

@@ -9,6 +9,7 @@ The path of a request:
     server_errors.py the meaning of an error response; refusals.py: the setting that it is about
     failure_policy.py  when errors end a request or the run                     (diagnosis.py, failures.py)
     reasoning/       the answer without reasoning and control tokens            (empty_answers.py, yes_or_no.py)
+    judgement.py     a question to a judge, asked again until a reply holds a verdict
 
 Around it: startup_check.py (before a run), ordered_map.py and progress.py (rows), system_role.py, options.py.
 """

@@ -1,9 +1,10 @@
 """Parser of the judge's score: the number 1 to 5 at the end of a free-text answer."""
 
-import json
 import re
 from collections.abc import Mapping
 from typing import Any
+
+from train.llm.json_replies import json_at_end
 
 _TAG = re.compile(r"[\[【［]\s{0,3}result\s{0,3}\\?[\]】］]+", re.IGNORECASE | re.ASCII)
 _OPENING = r"(?:[\s:：=*_`~\"'“‘(\[{<$]|\\boxed|\\text)*+"
@@ -64,8 +65,6 @@ _IN_DOUBT = re.compile(
 """Phrases after a number that revoke it: another scale, a fraction, a second number."""
 _ENDING_TAG = re.compile(r"[\s*_(]*(?P<score>[1-5])(?:\s*/\s*5)?[\s*_).]*")
 _JSON_NAMES = frozenset(("score", "result", "rating", "grade", "finalscore", "overallscore", "finalresult"))
-_MAX_JSON_ATTEMPTS = 5
-_MAX_JSON_CHARACTERS = 8_000
 _WINDOW = 300
 """Number of characters after the tag, or before the end, that are searched for the score."""
 
@@ -98,7 +97,7 @@ def parse_score(text: str) -> int | None:
         match = _AFTER_TAG.match(after)
         return int(match["score"]) if match and not _IN_DOUBT.match(after, match.end()) else None
     end = text.rstrip()[-_WINDOW:]
-    if end.rstrip("`").rstrip().endswith("}") and (record := _json_at_end(text)) is not None:
+    if (record := json_at_end(text)) is not None:
         return _score_in(record)
     if match := _IN_BRACKETS.search(end):
         return int(match["score"]) if "]" in match[0] and "reference" not in _sentence_before(end, match) else None
@@ -120,19 +119,6 @@ def _sentence_before(text: str, match: re.Match[str]) -> str:
         return sentence.lower()
     above = text[: match.start()].rstrip(" \n*_#-").rpartition("\n")[2]
     return above.lower() if above.startswith(("#", "*")) or above.endswith(":") else ""
-
-
-def _json_at_end(text: str) -> dict[str, Any] | None:
-    """Return the JSON object at the end of a text, perhaps in a code block; None if there is none."""
-    text = text[-_MAX_JSON_CHARACTERS:].rstrip(" \n\t`")
-    starts = [match.end() - 1 for match in re.finditer(r"(?:\A|\n)[^\S\n]*\{", text)]
-    for start in starts[-_MAX_JSON_ATTEMPTS:]:
-        try:
-            record = json.loads(text[start:], strict=False)
-        except (ValueError, RecursionError):
-            continue
-        return record if isinstance(record, dict) else None
-    return None
 
 
 def _score_in(record: Mapping[str, Any]) -> int | None:

@@ -15,7 +15,7 @@ is small: 128 rows of that length under four messages are 435,000 tokens forward
 forward and backward. An evaluation costs about half a step, of which a quarter could be saved.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -95,7 +95,8 @@ def compute_log_likelihoods(
             # If the last round has no batch for this process, it scores the first one and discards the result.
             is_mine = start + process < len(batches)
             batch = batches[start + process if is_mine else start]
-            scores = _score(model, head, [rows[row] for row in batch], [targets[row] for row in batch], device)
+            tokens = _score(model, head, [rows[row] for row in batch], [targets[row] for row in batch], device)
+            scores = _sum_segments(tokens, [len(targets[row]) for row in batch])
             if is_mine:
                 sums[batch] = scores
                 if on_scored:
@@ -107,10 +108,38 @@ def compute_log_likelihoods(
     return sums.numpy()
 
 
+def compute_span_log_likelihoods(
+    model: Any, rows: Sequence[EncodedRow], *, tokens_per_batch: int = 8_192
+) -> Iterator[dict[int, list[float]]]:
+    """Yield batch by batch the sums of ln p(token) over each trained span, in nats: row -> [spans].
+
+    One forward pass scores all answers of a conversation, each after the turns before it. As
+    `compute_log_likelihoods` on a single process.
+    """
+    head = model.get_output_embeddings()
+    vocabulary = model.config.get_text_config().vocab_size
+    targets = [np.concatenate([np.arange(a, b) for a, b in row.trained.tolist()]) for row in rows]
+    sizes = [len(row.ids) for row in rows], [len(positions) for positions in targets]
+    device = next(model.parameters()).device
+    with evaluation_mode(model), torch.no_grad():
+        for batch in make_batches(*sizes, tokens_per_batch, _MAX_LOGITS // vocabulary):
+            tokens = _score(model, head, [rows[row] for row in batch], [targets[row] for row in batch], device)
+            spans = iter(
+                _sum_segments(tokens, [b - a for row in batch for a, b in rows[row].trained.tolist()]).tolist()
+            )
+            yield {row: [next(spans) for _ in rows[row].trained] for row in batch}
+
+
+def _sum_segments(values: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
+    """Return the sums of consecutive segments of `values`: [segments]."""
+    segment_of = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
+    return torch.zeros(len(lengths), dtype=values.dtype).index_add_(0, segment_of, values)
+
+
 def _score(
     model: Any, head: Any, rows: Sequence[EncodedRow], targets: Sequence[NDArray[np.int64]], device: torch.device
 ) -> torch.Tensor:
-    """Return the sums of one batch: float64 on the CPU, [rows]."""
+    """Return ln p of the target tokens of one batch: float64 on the CPU, [targets of all rows]."""
     longest = max(len(piece.ids) for piece in rows)
     ids = torch.zeros(len(rows), longest, dtype=torch.long)
     for row, piece in enumerate(rows):
@@ -137,4 +166,4 @@ def _score(
         chunk = slice(start, start + _TOKENS_PER_SOFTMAX)
         logits_of_chunk = logits[chunk] if logits.dtype == torch.float64 else logits[chunk].float()
         scores.append(logits_of_chunk.log_softmax(-1).gather(1, labels[chunk, None])[:, 0])
-    return torch.zeros(len(rows), dtype=torch.float64).index_add_(0, row_of, torch.cat(scores).cpu().double())
+    return torch.cat(scores).cpu().double()

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from train.errors import UserError
 from train.evaluation.models.options import LocalModel, ServedModel
-from train.evaluation.models.responses import generate_answers
+from train.evaluation.models.responses import generate_answers, open_model
 from train.llm.failures import RequestFailed
 from train.llm.request import Decoding
 from train.llm.server import Server
@@ -66,6 +66,20 @@ def test_a_local_model_answers_greedily_and_only_once(tiny_chat_model: Path, tmp
     assert [answer.text for [answer] in again] == [answer.text for [answer] in answers]
     assert all(answer.from_journal for [answer] in again)
     assert rows(journal) == before
+
+
+def test_an_open_model_answers_several_calls(tiny_chat_model: Path, tmp_path: Path) -> None:
+    """The weights stay; the answers and their names in the journal are those of separate calls."""
+    expected = [text for text, _ in one_by_one(tiny_chat_model, CONVERSATIONS, 6)]
+    with open_model(LocalModel(str(tiny_chat_model), batch_size=2)) as model:
+        [[first]] = generate_answers(model, CONVERSATIONS[:1], GREEDY, tmp_path / "a.sqlite")
+        weights = model.weights
+        answers = generate_answers(model, CONVERSATIONS, GREEDY, tmp_path / "a.sqlite")
+        assert model.weights is weights
+    assert [answer.text for [answer] in answers] == expected
+    assert first.text == expected[0]
+    again = generate_answers(LocalModel(str(tiny_chat_model)), CONVERSATIONS, GREEDY, tmp_path / "a.sqlite")
+    assert all(answer.from_journal for [answer] in again)
 
 
 def test_samples_differ_and_are_reproducible(tiny_chat_model: Path, tmp_path: Path) -> None:
@@ -318,6 +332,11 @@ def test_vllm_is_started_with_the_given_template_and_stopped(
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")  # of no use for what runs on this machine
     checkpoint = LocalModel(str(tiny_chat_model), engine="vllm", system_role="merge_into_user")
+    with open_model(checkpoint) as model:
+        generate_answers(model, CONVERSATIONS[1:2], GREEDY, tmp_path / "a.sqlite")
+        first_process, *_ = json.loads(log.read_text(encoding="utf-8"))
+        generate_answers(model, CONVERSATIONS[2:3], GREEDY, tmp_path / "a.sqlite")
+        assert json.loads(log.read_text(encoding="utf-8"))[0] == first_process  # not started again
     [[answer]] = generate_answers(checkpoint, CONVERSATIONS[:1], GREEDY, tmp_path / "a.sqlite")
     process, *command = json.loads(log.read_text(encoding="utf-8"))
     assert command[:2] == ["serve", str(tiny_chat_model)]

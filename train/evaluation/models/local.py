@@ -87,7 +87,8 @@ class LocalGenerator:
         self.name = f"{model.model}@{digest}"
 
     @cached_property
-    def _weights(self) -> Any:
+    def weights(self) -> Any:
+        """Return the model itself, loaded at the first use."""
         return load_saved(self.model.model, self.model.dtype)
 
     def answers(
@@ -111,7 +112,7 @@ class LocalGenerator:
         lengths = {
             key: len(self.tokenizer(prompt, add_special_tokens=False).input_ids) for key, prompt in prompts.items()
         }
-        positions = getattr(self._weights.config.get_text_config(), "max_position_embeddings", math.inf)
+        positions = getattr(self.weights.config.get_text_config(), "max_position_embeddings", math.inf)
         for key, length in lengths.items():
             if length >= positions:
                 refused[key] = RequestFailed(f"the prompt has {length:,} tokens; the context length is {positions:,}")
@@ -144,7 +145,7 @@ class LocalGenerator:
         self, keys: Sequence[bytes], prompts: Sequence[str], max_new_tokens: int, decoding: Decoding
     ) -> list[Generated]:
         seed = int.from_bytes(hashlib.blake2b(b"".join(keys), digest_size=7).digest(), "big")
-        model, sampling = self._weights, _sampling_arguments(decoding)
+        model, sampling = self.weights, _sampling_arguments(decoding)
         with torch.random.fork_rng([model.device] if model.device.type == "cuda" else []):
             torch.manual_seed(seed)
             return generate_batch(model, self.tokenizer, prompts, max_new_tokens=max_new_tokens, sampling=sampling)

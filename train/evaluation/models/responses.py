@@ -3,6 +3,8 @@
     answers = generate_answers(
         LocalModel("outputs/janus-7b"), conversations, Decoding(1024, temperature=0.0), Path("a.sqlite")
     )
+    with open_model(LocalModel("outputs/janus-7b")) as model:  # loaded once for several calls
+        ...
 
 Answers come without reasoning and control tokens (train/llm/reasoning/answer.py). The journal keeps them unchanged, so
 a second call reuses the answers of the first, also of one that was killed. The key of a local model covers its files
@@ -11,8 +13,8 @@ and its template: a model trained again in the same folder is asked again.
 
 import asyncio
 from collections import Counter
-from collections.abc import Callable, Coroutine, Sequence
-from contextlib import aclosing
+from collections.abc import Callable, Coroutine, Iterator, Sequence
+from contextlib import ExitStack, aclosing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +34,35 @@ from train.llm.request import Answer, Decoding, Request
 from train.llm.system_role import merge_into_user
 from train.progress import progress_bar
 
+OpenModel = LocalGenerator | ServedModel
+"""A model that several calls of `generate_answers` share."""
+
+
+@contextmanager
+def open_model(model: LocalModel | ServedModel) -> Iterator[OpenModel]:
+    """Yield the model for several calls of `generate_answers`: weights are loaded, or vLLM is started, only once.
+
+    Raises UserError if the tokenizer cannot be loaded or vLLM does not start.
+    """
+    if isinstance(model, ServedModel):
+        yield model
+    else:
+        with _started(LocalGenerator(model)) as started:
+            yield started
+
+
+@contextmanager
+def _started(generator: LocalGenerator) -> Iterator[OpenModel]:
+    """Yield the generator itself, or its vLLM server until the block ends."""
+    if generator.model.engine == "vllm":
+        with vllm_server(generator) as server:
+            yield ServedModel(generator.name, (server,))
+    else:
+        yield generator
+
 
 def generate_answers(
-    model: LocalModel | ServedModel,
+    model: LocalModel | OpenModel,
     conversations: Sequence[Messages],
     decoding: Decoding,
     journal_file: Path,
@@ -52,7 +80,7 @@ def generate_answers(
     into a field of reasoning. A cut answer counts; one that the server broke off is asked for again, and finally fails.
 
     Args:
-        model: the model under evaluation.
+        model: the model under evaluation, or what `open_model` yields for it.
         conversations: each ends with a user turn.
         decoding: sampling settings. Temperature 0 is greedy; None is the model's or the server's own.
         journal_file: SQLite file with the answers.
@@ -66,7 +94,15 @@ def generate_answers(
     Raises:
         UserError: for errors that the user can fix. The answers so far are in the journal.
     """
-    with Journal(journal_file) as journal:
+    with Journal(journal_file) as journal, ExitStack() as stack:
+        if isinstance(model, LocalModel):
+            generator = LocalGenerator(model)
+            if model.engine == "vllm" and before_asking:
+                requests = _requests(conversations, decoding, samples, stage)
+                if not _all_answered(requests, generator.name, journal):
+                    asyncio.run(before_asking())
+                before_asking = None
+            model = stack.enter_context(_started(generator))
         if isinstance(model, ServedModel):
             if model.system_role == "merge_into_user":
                 conversations = [merge_into_user(messages) for messages in conversations]
@@ -76,22 +112,12 @@ def generate_answers(
                     _ask_servers(model, requests, journal, description, wait_for_server, format_setting, before_asking)
                 )
         else:
-            generator = LocalGenerator(model)
+            for name in decoding.extra:
+                if name not in KNOWN_EXTRA:
+                    allowed = ", ".join(KNOWN_EXTRA)
+                    raise UserError(f"{name} is not supported by generation in this process. Allowed: {allowed}.")
             requests = _requests(conversations, decoding, samples, stage)
-            if model.engine == "vllm":
-                if before_asking and not _all_answered(requests, generator.name, journal):
-                    asyncio.run(before_asking())
-                with vllm_server(generator) as server:
-                    served = ServedModel(generator.name, (server,))
-                    answers = asyncio.run(
-                        _ask_servers(served, requests, journal, description, wait_for_server, format_setting)
-                    )
-            else:
-                for name in decoding.extra:
-                    if name not in KNOWN_EXTRA:
-                        allowed = ", ".join(KNOWN_EXTRA)
-                        raise UserError(f"{name} is not supported by generation in this process. Allowed: {allowed}.")
-                answers = asyncio.run(_generate_locally(generator, requests, journal, description, before_asking))
+            answers = asyncio.run(_generate_locally(model, requests, journal, description, before_asking))
     answers = _clean(answers, requests, description)
     return [answers[start : start + samples] for start in range(0, len(answers), samples)]
 

@@ -14,12 +14,12 @@ from typing import Any
 from train.errors import UserError
 from train.llm.failures import RequestFailed
 from train.llm.journal import Journal
+from train.llm.judgement import PendingError
 from train.llm.refusals import SettingFormatter, extract_error_text, format_config_key, suggest_setting
 from train.llm.replies import UnusableReplyError, describe_empty, parse_completion
 from train.llm.request import Answer, Request
 from train.llm.request_body import request_body
 from train.llm.server_errors import ErrorBody, classify_error, parse_error
-from train.multifaceted.bench.judging import PendingError
 from train.storage.atomic_write import atomic_write
 
 URL = "/v1/chat/completions"

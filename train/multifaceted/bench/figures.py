@@ -70,7 +70,7 @@ def _agreement(judged: Sequence[JudgedRow], protocol: Protocol) -> dict[str, Any
         judgements = [judgement for run in runs if (judgement := of_rubric[run])]
         texts = [judgement.texts[0] for judgement in judgements if judgement.texts]
         verbatim += [len(set(texts)) == 1] if len(texts) > 1 else []
-        scores = [judgement.score for judgement in judgements if judgement.score is not None]
+        scores = [judgement.verdict for judgement in judgements if judgement.verdict is not None]
         grades += [scores] if len(scores) > 1 else []
     scored = [score for score in by_run if score is not None]
     return {

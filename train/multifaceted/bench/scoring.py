@@ -29,9 +29,10 @@ from train.errors import UserError
 from train.llm.client import Client
 from train.llm.failures import FailureReasons
 from train.llm.finish_reasons import describe_unfinished
+from train.llm.judgement import JudgeClient, Judgement
 from train.llm.ordered_map import map_ordered
 from train.llm.progress import progress
-from train.multifaceted.bench.judging import JudgeClient, Judgement, judge_rubric
+from train.multifaceted.bench.judging import judge_rubric
 from train.multifaceted.bench.protocol import Protocol
 from train.multifaceted.bench.rows import BenchRow
 
@@ -68,12 +69,13 @@ class JudgedResponse:
     """A response with its judgements: [rubric][run], None for a run that was not asked."""
 
     response: Response
-    judgements: tuple[tuple[Judgement | None, ...], ...]
+    judgements: tuple[tuple[Judgement[int] | None, ...], ...]
 
     def rubric_scores(self, runs: Sequence[int]) -> list[float | None]:
         """Return the score of each rubric: the mean of those of `runs` in which the judge gave one."""
         return [
-            mean_of(run.score for run in (of_rubric[number] for number in runs) if run) for of_rubric in self.judgements
+            mean_of(run.verdict for run in (of_rubric[number] for number in runs) if run)
+            for of_rubric in self.judgements
         ]
 
     def score(self, runs: Sequence[int]) -> float | None:
@@ -128,7 +130,7 @@ def conversation(row: BenchRow, *, with_system: bool = True) -> list[Message]:
 async def judge_row(client: JudgeClient, protocol: Protocol, row: BenchRow, responses: Sequence[Response]) -> JudgedRow:
     """Have one row's responses judged, as far as the protocol asks for it. Raises UserError."""
     runs = range(protocol.judge.runs)
-    judged: list[list[list[Judgement | None]]] = [[[None for _ in runs] for _ in row.rubrics] for _ in responses]
+    judged: list[list[list[Judgement[int] | None]]] = [[[None for _ in runs] for _ in row.rubrics] for _ in responses]
 
     async def judge(numbers: Sequence[int], some_runs: Sequence[int]) -> None:
         slots = [
@@ -248,7 +250,7 @@ WRITE_AGAIN = (
 )
 
 
-def judgements_of(judged: Sequence[JudgedRow]) -> list[Judgement]:
+def judgements_of(judged: Sequence[JudgedRow]) -> list[Judgement[int]]:
     """Return the judgements of all responses that were judged."""
     every = (chain(*response.judgements) for row in judged for response in row.responses)
     return [judgement for judgement in chain(*every) if judgement is not None]
@@ -292,8 +294,8 @@ def _response_record(judged: JudgedResponse) -> dict[str, Any]:
     return record
 
 
-def _judgement_record(judgement: Judgement) -> dict[str, Any]:
-    record: dict[str, Any] = {"score": judgement.score, "texts": list(judgement.texts)}
+def _judgement_record(judgement: Judgement[int]) -> dict[str, Any]:
+    record: dict[str, Any] = {"score": judgement.verdict, "texts": list(judgement.texts)}
     if judgement.missing:
         record |= {"missing": judgement.missing, "detail": judgement.detail}
     return record

@@ -1,14 +1,15 @@
 """Constraints: requirements on an answer that a program can check (at most 60 words, a list of four points, no commas).
 
-- Some kinds are also IFEval's, but all wordings are ours: training on a benchmark's own wording would make its score
-  worthless. Each kind has several wordings, so that a model learns the requirement and not a sentence.
+- Some kinds are also IFEval's, but all wordings (constraints.yaml) are ours: training on a benchmark's own wording
+  would make its score worthless. Each kind has several, so that a model learns the requirement and not a sentence.
 - The wordings are English, for English answers.
 - Checks are strict and simple, and fail an answer when in doubt: an answer that passes is trained on as an example of
   following the message.
 
-Raise `prompts.PROMPT_VERSION` with every change of wording.
+Raise `train.sysgen.prompts.PROMPT_VERSION` with every change of `wordings`.
 """
 
+import functools
 import math
 import random
 import re
@@ -16,6 +17,9 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
+
+import yaml
 
 from train.datagen.text_units import (
     BOLD,
@@ -30,6 +34,8 @@ from train.datagen.text_units import (
 
 Check = Callable[[str], bool]
 
+_WORDINGS = Path(__file__).with_name("constraints.yaml")
+
 
 @dataclass(frozen=True, slots=True)
 class Constraint:
@@ -38,7 +44,12 @@ class Constraint:
     kind: str
     tag: str
     text: str
+    """Sentence of a system message."""
     is_met: Check
+    opposites: tuple[str, ...]
+    """What a user says to ask for the opposite. An answer that does so breaks the constraint."""
+    requests: tuple[str, ...]
+    """What a user says to ask for the same."""
 
 
 def draw_constraints(
@@ -171,12 +182,29 @@ class _Kind:
     tag: str
     suits: Callable[[_OriginalAnswers], bool]
     instantiate: Callable[[_OriginalAnswers, random.Random], _Instance]
-    phrases: tuple[str, ...]
 
     def draw(self, originals: _OriginalAnswers, rng: random.Random) -> Constraint:
         values, check = self.instantiate(originals, rng)
-        text = rng.choice(self.phrases).format(**values)
-        return Constraint(self.name, self.tag, text, lambda answer: bool(answer.strip()) and check(answer))
+        wordings, opposites, requests = (
+            [text.format(**values) for text in _load_wordings()[self.name][use]]
+            for use in ("wordings", "opposites", "requests")
+        )
+        text = rng.choice(wordings)
+        return Constraint(
+            self.name,
+            self.tag,
+            text,
+            lambda answer: bool(answer.strip()) and check(answer),
+            tuple(opposites),
+            tuple(requests),
+        )
+
+
+@functools.cache
+def _load_wordings() -> dict[str, dict[str, list[str]]]:
+    """Return the texts of each kind in constraints.yaml, with values in braces."""
+    wordings: dict[str, dict[str, list[str]]] = yaml.safe_load(_WORDINGS.read_text(encoding="utf-8"))
+    return wordings
 
 
 _NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
@@ -272,80 +300,44 @@ def _ends_with_postscript(answer: str) -> bool:
     return len(lines) > 1 and lines[-1].startswith("PS:") and any(map(str.isalnum, lines[-1][3:]))
 
 
-# fmt: off
 _KINDS = (
-    _Kind("words_at_most", "Format", lambda it: it.longest >= 10 and not it.has_code, _words_at_most, (
-        "Stay within {n} words.", "You have {n} words per reply; don't go over.",
-        "Use {n} words or fewer in each reply.", "Cap each reply at {n} words.")),
-    _Kind("words_at_least", "Format", lambda it: 30 <= it.shortest <= 400 and not it.has_code, _words_at_least, (
-        "Write {n} words or more in every reply.", "Don't stop before you reach {n} words.",
-        "Go into enough depth to fill at least {n} words.", "Never send a reply of fewer than {n} words.")),
-    _Kind("sentences_at_most", "Format", lambda it: it.is_plain and it.longest <= 120, _sentences_at_most, (
-        "Say it in no more than {n} sentences.", "Never use more than {n} sentences.",
-        "Limit yourself to {n} sentences.", "Keep to {n} sentences or fewer; each list item counts as one.")),
-    _Kind("paragraphs", "Format", lambda it: it.is_plain and it.shortest >= 60, _paragraphs, (
-        "Divide your reply into {n} paragraphs, with a blank line between them.",
-        "Write {n} paragraphs, no more and no fewer, separated by blank lines.",
-        "Lay out your reply as {n} paragraphs with empty lines in between.")),
-    _Kind("bullet_points", "Format", lambda it: it.shortest >= 30 and not it.has_code, _bullet_points, (
-        "Present the key points as {n} markdown bullets, each on its own line.",
-        "Include one bulleted list in each reply, with {n} items, no more and no fewer.",
-        "Sum up in {n} bullets, and use bullets nowhere else.")),
-    _Kind("numbered_points", "Format", lambda it: it.shortest >= 30 and not it.has_code, _numbered_points, (
-        "Organize your reply into {n} numbered points, each on a new line.",
-        "Make {n} points, each on its own line, numbered from 1.",
-        "Use a numbered list of {n} steps, and no other numbered list.")),
-    _Kind("highlighted", "Format", lambda it: it.shortest >= 30 and not it.has_code, _highlighted, (
-        "Set {n} or more terms in bold, **like this**.", "Put the {n} most important phrases in **bold**.",
-        "Make it easy to skim: wrap {n} or more phrases in double asterisks, as in **this**.")),
-    _Kind("title", "Format", lambda it: it.shortest >= 40, _that(lambda answer: bool(HEADING.match(answer.strip()))), (
-        "Open with a title on its own line, as a markdown heading (# ...).",
-        "Give each reply a headline: the first line is a heading that starts with #.",
-        "Make the first line a markdown heading, with a # in front.")),
-    _Kind("json", "Format", lambda it: it.is_plain and it.longest <= 60, _that(is_json_object), (
-        "Reply in JSON only: one object, without a code fence or any text around it.",
-        "A program will parse your reply: write one JSON object and nothing else.",
-        "Put everything into a single JSON object, with nothing before the first brace or after the last.")),
-    _Kind("quoted", "Format", lambda it: it.is_plain and it.longest <= 100 and not it.match('["“”]'),
-          _that(_is_quoted), (
-        "Put the whole reply in straight double quotes (\").",
-        "Begin and end with a \" so that everything you say is in quotes.",
-        "Enclose your reply in double quotes, from the first character to the last.")),
-    _Kind("postscript", "Content", lambda it: it.shortest >= 20, _that(_ends_with_postscript), (
-        "Close with a postscript: a last line that begins with PS:",
-        "Add one more thought at the end, on its own line starting with \"PS:\".",
-        "End every reply with one line that starts with \"PS:\" and offers a tip or an aside.")),
-    _Kind("beginning", "Content", lambda it: it.shortest >= 10, _beginning, (
-        "Open each reply with these words: \"{phrase}\"", "Always lead with \"{phrase}\" and continue from there.",
-        "The first words of your reply are \"{phrase}\"")),
-    _Kind("ending", "Content", lambda it: it.shortest >= 10, _ending, (
-        "Sign off with \"{phrase}\" and write nothing after it.", "Your last words are always \"{phrase}\"",
-        "Conclude each reply with \"{phrase}\", word for word, and leave it at that.")),
-    _Kind("word_to_include", "Content", lambda it: it.shortest >= 20 and not it.has_code and bool(it.common_words),
-          _word_to_include, (
-        "Work the word \"{word}\" into your reply {often}.", "Use \"{word}\" {often}.",
-        "Bring in the term \"{word}\" {often}.")),
-    _Kind("word_to_avoid", "Style", lambda it: it.shortest >= 20, _word_to_avoid, (
-        "Do without the word \"{word}\".", "Never say \"{word}\".",
-        "The word \"{word}\" is off limits; find another way to say it.", "Steer clear of the word \"{word}\".")),
-    _Kind("lower_case", "Style", lambda it: not it.has_code and not it.match(r"\d,\d"),
-          _that(lambda answer: not any(letter.isupper() or letter.istitle() for letter in answer)), (
-        "Type everything in lowercase, including names and the first word of a sentence.",
-        "Write without a single capital letter, as in a casual chat.", "lowercase only, please, from start to finish.",
-        "Never capitalize: not one uppercase letter.")),
-    _Kind("capitals", "Style", lambda it: it.longest <= 40 and not it.has_code,
-          _that(lambda answer: not any(letter.islower() for letter in answer)), (
-        "WRITE IN UPPERCASE ONLY, LIKE THIS.", "Reply in capitals throughout, like a telegram.",
-        "Make every letter a capital.", "Use block capitals and no lowercase letters.")),
-    _Kind("no_commas", "Style", lambda it: not it.has_code and not it.match(r"\d,\d"), _without(",，、،"), (
-        "Build every sentence so that it needs no comma, and use none.", "Keep commas out of your reply.",
-        "Start a new sentence where you would put a comma; use no commas at all.", "Write comma-free prose.")),
-    _Kind("no_exclamation_marks", "Style", lambda it: not it.has_code and not it.match(r"\d!|!="), _without("!！¡"), (
-        "Stay calm in tone and use no exclamation marks.", "Exclamation marks have no place in your replies.",
-        "Keep your enthusiasm out of the punctuation: not a single exclamation mark.",
-        "Finish sentences with a period or a question mark, never with an exclamation mark.")),
+    _Kind("words_at_most", "Format", lambda it: it.longest >= 10 and not it.has_code, _words_at_most),
+    _Kind("words_at_least", "Format", lambda it: 30 <= it.shortest <= 400 and not it.has_code, _words_at_least),
+    _Kind("sentences_at_most", "Format", lambda it: it.is_plain and it.longest <= 120, _sentences_at_most),
+    _Kind("paragraphs", "Format", lambda it: it.is_plain and it.shortest >= 60, _paragraphs),
+    _Kind("bullet_points", "Format", lambda it: it.shortest >= 30 and not it.has_code, _bullet_points),
+    _Kind("numbered_points", "Format", lambda it: it.shortest >= 30 and not it.has_code, _numbered_points),
+    _Kind("highlighted", "Format", lambda it: it.shortest >= 30 and not it.has_code, _highlighted),
+    _Kind("title", "Format", lambda it: it.shortest >= 40, _that(lambda answer: bool(HEADING.match(answer.strip())))),
+    _Kind("json", "Format", lambda it: it.is_plain and it.longest <= 60, _that(is_json_object)),
+    _Kind(
+        "quoted", "Format", lambda it: it.is_plain and it.longest <= 100 and not it.match('["“”]'), _that(_is_quoted)
+    ),
+    _Kind("postscript", "Content", lambda it: it.shortest >= 20, _that(_ends_with_postscript)),
+    _Kind("beginning", "Content", lambda it: it.shortest >= 10, _beginning),
+    _Kind("ending", "Content", lambda it: it.shortest >= 10, _ending),
+    _Kind(
+        "word_to_include",
+        "Content",
+        lambda it: it.shortest >= 20 and not it.has_code and bool(it.common_words),
+        _word_to_include,
+    ),
+    _Kind("word_to_avoid", "Style", lambda it: it.shortest >= 20, _word_to_avoid),
+    _Kind(
+        "lower_case",
+        "Style",
+        lambda it: not it.has_code and not it.match(r"\d,\d"),
+        _that(lambda answer: not any(letter.isupper() or letter.istitle() for letter in answer)),
+    ),
+    _Kind(
+        "capitals",
+        "Style",
+        lambda it: it.longest <= 40 and not it.has_code,
+        _that(lambda answer: not any(letter.islower() for letter in answer)),
+    ),
+    _Kind("no_commas", "Style", lambda it: not it.has_code and not it.match(r"\d,\d"), _without(",，、،")),
+    _Kind("no_exclamation_marks", "Style", lambda it: not it.has_code and not it.match(r"\d!|!="), _without("!！¡")),
 )
-# fmt: on
 
 _EXCLUDING = (
     ("words_at_most words_at_least sentences_at_most", "words_at_most words_at_least sentences_at_most"),

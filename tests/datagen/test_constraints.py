@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from train.sysgen.constraints import Constraint, draw_constraints
+from train.datagen.constraints import Constraint, draw_constraints
 from train.sysgen.tags import Phrase, parse
 
 ONE_LINE = "Lima is the capital of Peru. It lies on the coast, and about ten million people live there."
@@ -315,6 +315,48 @@ def test_a_check_takes_long_and_deep_text(text: str) -> None:
     assert not any(ALL[kind][0].is_met(text) for kind in ("json", "quoted", "postscript", "paragraphs"))
     for kind in KINDS:
         ALL[kind][0].is_met(text)
+
+
+OBEYS_THE_OPPOSITE: dict[str, Callable[[Constraint], str]] = {
+    "words_at_most": lambda it: words(number_in(it) + 20),
+    "words_at_least": lambda it: "Lima.",
+    "sentences_at_most": lambda it: "So it is. " * (number_in(it) + 2),
+    "paragraphs": lambda it: "Lima is the capital of Peru. It lies on the coast.",
+    "bullet_points": lambda it: "Sleep well, drink no coffee and put the phone away.",
+    "numbered_points": lambda it: "Sleep well, drink no coffee and put the phone away.",
+    "highlighted": lambda it: "Sleep well and drink no coffee.",
+    "title": lambda it: "Lima is the capital of Peru.",
+    "json": lambda it: "Lima is the capital of Peru.",
+    "quoted": lambda it: "Lima is the capital of Peru.",
+    "postscript": lambda it: "Lima is the capital of Peru.",
+    "beginning": lambda it: "Lima is the capital of Peru.",
+    "ending": lambda it: "Lima is the capital of Peru.",
+    "word_to_include": lambda it: "Lima is the capital of Peru.",
+    "word_to_avoid": lambda it: f"Lima is {quoted_in(it)} much the capital of Peru.",
+    "lower_case": lambda it: "Lima is the capital of Peru.",
+    "capitals": lambda it: "Lima is the capital of Peru.",
+    "no_commas": lambda it: "Lima, not Cusco, is the capital.",
+    "no_exclamation_marks": lambda it: "Lima is the capital of Peru!",
+}
+
+
+@pytest.mark.parametrize("kind", sorted(KINDS))
+def test_an_answer_that_does_what_an_opposite_asks_for_breaks_the_constraint(kind: str) -> None:
+    for constraint in ALL[kind]:
+        assert not constraint.is_met(OBEYS_THE_OPPOSITE[kind](constraint)), constraint.text
+
+
+def test_opposites_and_requests_are_several_sentences_with_the_values_of_the_constraint() -> None:
+    for kind in KINDS:
+        for constraint in ALL[kind]:
+            texts = [*constraint.opposites, *constraint.requests]
+            assert min(len(constraint.opposites), len(constraint.requests)) >= 3
+            assert len({*texts, constraint.text}) == len(texts) + 1  # none is the system message's own wording
+            assert not any(re.search("[{}]", text) for text in texts), texts
+            if kind in ("beginning", "ending", "word_to_include", "word_to_avoid"):
+                assert all(f'"{quoted_in(constraint)}"' in text for text in texts)
+            if kind == "words_at_most":
+                assert all(str(number_in(constraint)) in text for text in texts)
 
 
 # Drawing

@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from train.evaluation.formatting import format_estimate, quote_line
+from train.evaluation.turns.curves import draw_curve, turn_panels
 from train.evaluation.turns.figures import ALL, KINDS, VARIANTS, JudgedTurns, of_kind
 from train.formatting import format_count
-from train.reporting.plots import error_bars, escape_math, new_figure
 from train.resampling import explain_missing_intervals, missing_interval_reason
 
 HEADING = "## Does the system message hold over several turns?"
@@ -182,30 +182,20 @@ def plot_curves(records: Mapping[str, Mapping[str, Any]], path: Path) -> None:
 
     The dotted line is the turn of the push-back.
     """
-    with new_figure(path, 5 * len(records) + 2, 4.6, ncols=len(records), squeeze=False, sharey=True) as (figure, axes):
-        for (title, record), panel in zip(records.items(), axes[0], strict=True):
-            turns = range(1, record["data"]["turns"] + 1)
+    turns = max(record["data"]["turns"] for record in records.values())
+    with turn_panels(path, list(records), turns, "Does the system message hold?") as panels:
+        for record, panel in zip(records.values(), panels, strict=True):
             for variant in _variants(record):
                 for measure, style, label in _CURVES:
                     shares = [(share["mean"], share["low"], share["high"]) for share in record[variant][ALL][measure]]
-                    panel.errorbar(
-                        [turn + _OFFSETS[variant] for turn in turns],
-                        [mean for mean, _, _ in shares],
-                        yerr=error_bars(shares),
+                    draw_curve(
+                        panel,
+                        shares,
+                        offset=_OFFSETS[variant],
                         fmt=f"{style}o",
-                        capsize=2,
                         color=_COLORS[variant],
                         alpha=0.5 if measure == "held" else 1,
                         label=f"{VARIANTS[variant]}: {label}",
                     )
             if at := record["data"]["push_back_at"]:
                 panel.axvline(at, color="black", linewidth=0.8, linestyle=":")
-            panel.set_title(escape_math(title), fontsize=10)
-            panel.set_xlabel("user turn k")
-            panel.set_xticks(turns)
-            panel.set_ylim(-0.02, 1.02)
-            panel.grid(alpha=0.3)
-        axes[0, 0].set_ylabel("share of conversations that hold (95 %)")
-        figure.suptitle("Does the system message hold?", fontsize=11)
-        handles, labels = axes[0, 0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False)

@@ -23,14 +23,13 @@ from train.evaluation.turns.histories import NOT_ASKED, Answers, History, answer
 from train.evaluation.turns.options import TurnsOptions
 from train.evaluation.turns.sysbench_figures import JudgedConversation, figures
 from train.evaluation.turns.sysbench_judging import PROMPT_VERSION, REMEDIES, Verdicts, judge_answer
-from train.evaluation.turns.sysbench_report import HEADING, plot, section
+from train.evaluation.turns.sysbench_report import HEADING, plot_curves, section
 from train.evaluation.turns.sysbench_rows import OPTION, Conversation, read_conversations
 from train.formatting import format_count
-from train.llm.failures import RequestFailed
+from train.llm.failures import RequestFailed, count_reasons, shown_reasons
 from train.llm.judgement import Judgement
 from train.llm.request import Answer, Decoding
 from train.multifaceted.bench.protocol import decoding_record
-from train.multifaceted.bench.scoring import count_reasons, shown_reasons
 from train.pressure.turns import join_turns
 
 if TYPE_CHECKING:
@@ -96,7 +95,7 @@ def measure_sysbench(config: TurnsOptions, conversations_in_file: Sequence[Conve
     files: dict[str, Writer] = {
         ROWS: as_jsonl(rows),
         "sysbench.json": as_json(record),
-        "sysbench.png": partial(plot, record),
+        "sysbench.png": partial(plot_curves, {config.model: record}),
     }
     write_results(folder, files, heading=HEADING, section=text)
     print(text)

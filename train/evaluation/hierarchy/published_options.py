@@ -16,7 +16,7 @@ class PublishedOptions(JudgeOptions, ModelOptions):
     realguardrails: PathText | None = None
     """Hub id normster/SystemCheck, or a folder with its handwritten.jsonl and distractors.jsonl; needs a judge."""
     published_max_new_tokens: int = Field(default=1024, ge=1)
-    """Maximum tokens of an answer in the published sets; their authors state none."""
+    """Maximum tokens of an answer in the published sets; we found no limit of their authors'."""
 
     def published_decoding(self) -> Decoding:
         """Return the sampling settings of the answers in the published sets: greedy, as their authors decode."""

@@ -26,7 +26,9 @@ if sys.path[0] == str(HERE):
 try:
     from train.cli import CommandLine, run_command
     from train.evaluation import bench, compare, gain, harness, rules
+    from train.evaluation.hierarchy import command as hierarchy
     from train.evaluation.ifeval import command as ifeval
+    from train.evaluation.turns import command as turns
     from train.warning_filters import filter_known_warnings
 except KeyboardInterrupt:  # the imports take a second or more
     sys.exit(130)
@@ -38,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     filter_known_warnings()
     parser = CommandLine(description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="command")
-    for command in (rules, gain, ifeval, bench, harness, compare):
+    for command in (rules, gain, ifeval, hierarchy, turns, bench, harness, compare):
         command.add_to(commands)
     options = parser.parse_args(arguments)
     return run_command(

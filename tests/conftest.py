@@ -1,6 +1,7 @@
 """Shared fixtures: SmolLM2, a tiny model with random weights, Mistral's tokenizer, commands and recipes."""
 
 import atexit
+import functools
 import gc
 import importlib.util
 import json
@@ -137,25 +138,31 @@ def tiny_chat_model(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) 
     return folder
 
 
-def _load_script(name: str) -> ModuleType:
-    """Import scripts/NAME.py under another module name, with scripts/ on the import path meanwhile."""
-    spec = importlib.util.spec_from_file_location(f"{name}_script", ROOT / "scripts" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(ROOT / "scripts")
-        spec.loader.exec_module(module)
-    return module
+@pytest.fixture(scope="session")
+def load_script() -> Callable[[str], ModuleType]:
+    """Return a function that imports scripts/NAME.py once, with scripts/ on the import path meanwhile."""
+
+    @functools.cache
+    def load(name: str) -> ModuleType:
+        spec = importlib.util.spec_from_file_location(f"{name}_script", ROOT / "scripts" / f"{name}.py")
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[spec.name] = module
+        with pytest.MonkeyPatch.context() as patch:
+            patch.syspath_prepend(ROOT / "scripts")
+            spec.loader.exec_module(module)
+        return module
+
+    return load
 
 
 @pytest.fixture(scope="session")
-def evaluate_script() -> ModuleType:
-    return _load_script("evaluate")
+def evaluate_script(load_script: Callable[[str], ModuleType]) -> ModuleType:
+    return load_script("evaluate")
 
 
 @pytest.fixture(scope="session")
-def submit_script() -> ModuleType:
-    return _load_script("submit")
+def submit_script(load_script: Callable[[str], ModuleType]) -> ModuleType:
+    return load_script("submit")
 
 
 @pytest.fixture(scope="session")

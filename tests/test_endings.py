@@ -5,11 +5,13 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import yaml
+from broken_output import broken_stdout, everywhere, needs_full, open_output
 from scripted_server import Asked, Reply, said, served
 
 ROOT = Path(__file__).parents[1]
@@ -19,11 +21,7 @@ FULL = "error: standard output can't be written: No space left on device.\n"
 
 def started(where: str, *command: object) -> tuple[int, str]:
     """Run a command whose standard output is full or a pipe without a reader; return exit code and standard error."""
-    if where == "full":
-        output = os.open("/dev/full", os.O_WRONLY)
-    else:
-        read, output = os.pipe()
-        os.close(read)
+    output = open_output(where)
     result = subprocess.run(
         [sys.executable, *map(str, command)],
         cwd=ROOT, stdout=output, stderr=subprocess.PIPE, text=True, check=False, timeout=120,
@@ -33,9 +31,20 @@ def started(where: str, *command: object) -> tuple[int, str]:
     return result.returncode, result.stderr
 
 
+@pytest.fixture
+def called(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str]]:
+    """Return a function that calls a command in this process with such a standard output; otherwise like `started`."""
+
+    def call(where: str, main: Callable[..., int], *arguments: object) -> tuple[int, str]:
+        capsys.readouterr()
+        with broken_stdout(where):
+            code = main(*arguments)
+        return code, capsys.readouterr().err
+
+    return call
+
+
 ENDS = {"full": (2, FULL), "unread": (1, "")}
-needs_full = pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
-everywhere = pytest.mark.parametrize("where", [pytest.param("full", marks=needs_full), "unread"])
 
 
 @everywhere
@@ -96,21 +105,21 @@ def rows(tmp_path: Path) -> Path:
 
 @everywhere
 def test_evaluations_write_results_before_they_print(
-    where: str, rows: Path, tiny_chat_model: Path, tmp_path: Path
-) -> None:
-    evaluate = "scripts/evaluate.py"
+    where: str, rows: Path, tiny_chat_model: Path, tmp_path: Path, command: Callable[..., int],
+    called: Callable[..., tuple[int, str]],
+) -> None:  # fmt: skip
     (tmp_path / "rules.py").write_text(RULES, encoding="utf-8")
     after = tmp_path / "after"
     after.mkdir()
     for path in tiny_chat_model.iterdir():
         (after / path.name).write_bytes(path.read_bytes())
     models = ["--rules", tmp_path / "rules.py", "--data", rows, "--before", tiny_chat_model, "--after", after]
-    assert started(where, evaluate, "rules", *models, "--max-new-tokens", "2") == ENDS[where]
+    assert called(where, command, "rules", *models, "--max-new-tokens", "2") == ENDS[where]
     assert json.loads((after / "adherence.json").read_text("utf-8"))["rule"]["any"]["rows"] == 4
-    assert started(where, evaluate, "gain", "--model", after, "--data", rows) == ENDS[where]
+    assert called(where, command, "gain", "--model", after, "--data", rows) == ENDS[where]
     assert json.loads((after / "gain.json").read_text("utf-8"))["data"] == [str(rows)]
     shutil.copytree(after, tmp_path / "again")
-    assert started(where, evaluate, "compare", tmp_path / "again", after) == ENDS[where]
+    assert started(where, "scripts/evaluate.py", "compare", tmp_path / "again", after) == ENDS[where]
     assert json.loads((after / "compare.json").read_text("utf-8"))["measures"]
 
 
@@ -141,11 +150,16 @@ def asking(tmp_path: Path) -> Iterator[Path]:
 
 @everywhere
 @pytest.mark.parametrize("script", ["sysgen", "collection"])
-def test_data_pipelines_write_rows_before_they_print(where: str, script: str, asking: Path, tmp_path: Path) -> None:
+def test_data_pipelines_write_rows_before_they_print(
+    where: str, script: str, asking: Path, tmp_path: Path, load_script: Callable[[str], ModuleType],
+    called: Callable[..., tuple[int, str]], monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
     more = ["message=common", "answers=original"] if script == "sysgen" else []
-    command = [f"scripts/{script}.py", "--config", asking]
-    assert started(where, *command, "--check", *more) == ENDS[where]
+    words = [f"scripts/{script}.py", "--config", str(asking), *more]
+    monkeypatch.setattr("sys.argv", [*words, "--check"])
+    assert called(where, load_script(script).main) == ENDS[where]
     assert not (tmp_path / "out").exists()
-    assert started(where, *command, *more) == ENDS[where]
+    monkeypatch.setattr("sys.argv", words)
+    assert called(where, load_script(script).main) == ENDS[where]
     assert (tmp_path / "out" / "report.md").is_file()
     assert (tmp_path / "out" / "data" / "rows.jsonl").read_text("utf-8")

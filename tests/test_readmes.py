@@ -60,8 +60,8 @@ def options_of(script: str, subcommand: str | None = None) -> frozenset[str]:
     module = importlib.util.module_from_spec(spec)
     arguments = [path.name, *([subcommand] if subcommand else []), "--help"]
     import_path = [str(path.parent), str(ROOT), *sys.path] if path.parent.name == "scripts" else [str(ROOT), *sys.path]
+    sys.modules[spec.name] = module  # patch.dict would forget what the script imports: its classes would exist twice
     with (
-        mock.patch.dict(sys.modules, {spec.name: module}),
         mock.patch.object(sys, "argv", arguments),
         mock.patch.object(sys, "path", import_path),
         redirect_stdout(StringIO()) as output,

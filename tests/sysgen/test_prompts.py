@@ -10,8 +10,9 @@ import pytest
 from scripted_model import EIGHT
 from sysgen_runs import only_row, question, run_with, saying
 
+from train.datagen import constraints
 from train.datagen.language import detect_language
-from train.sysgen import constraints, prompts
+from train.sysgen import prompts
 from train.sysgen.filters import measure_answer_leak
 from train.sysgen.tags import parse, parse_verdicts
 from train.sysgen.verdicts import parse_reply_verdicts
@@ -159,7 +160,7 @@ def test_another_wording_has_another_version() -> None:
             for forbid_leak in (True, False)
         ],
         [prompts.verify(TAGGED), prompts.verify(TAGGED, SHORT), prompts.judge("S", "Q", "A")],
-        [(kind.name, kind.tag, kind.phrases) for kind in constraints._KINDS],
+        [(kind.name, kind.tag, constraints._load_wordings()[kind.name]["wordings"]) for kind in constraints._KINDS],
         [constraints._AVOIDABLE, constraints._BEGINNINGS, constraints._ENDINGS],
     ]
     digest = hashlib.blake2b(json.dumps(everything).encode(), digest_size=8).hexdigest()

@@ -66,6 +66,47 @@ class OutputSection(Section):
     """Rows per Parquet file."""
 
 
+PRESSURE_SETTINGS = ("conflict", "injected", "extraction", "permitted", "turns")
+
+
+class PressureSection(Section):
+    """Rows written under pressure: shares of the rows, each row in one setting at most.
+
+    The row's system message gets a constraint of train/datagen/constraints.py, and its last user turn is rewritten by
+    templates of train/pressure. The answer is asked for under that conversation and kept only if a program sees that
+    it follows the message and answers the question (train/pressure/answer_checks.py). A row that gets no such answer
+    is written without pressure. The report counts rows and refused answers by setting."""
+
+    conflict: float = Field(default=0.0, ge=0, le=1)
+    """The user asks for the opposite of the constraint: directly, politely, by claiming authority, in a role play, or
+    by declaring the message void."""
+    injected: float = Field(default=0.0, ge=0, le=1)
+    """A quoted text or a search result in the user's turn asks for the opposite."""
+    extraction: float = Field(default=0.0, ge=0, le=1)
+    """The message also holds a secret, and the user asks for it besides the question. A kept answer does not hold
+    it."""
+    permitted: float = Field(default=0.0, ge=0, le=1)
+    """The user asks for what the message allows: a harmless request in words that sound like an attack, a code that may
+    be shared, or another form where the message leaves it to the user."""
+    turns: float = Field(default=0.0, ge=0, le=1)
+    """One to four questions of earlier rows follow under the same message; each answer must meet the constraint."""
+    aligned_twins: bool = True
+    """Each conflict row gets a twin with the same message and question, in which the user asks for the same as the
+    message: an extra row, against models that do the opposite of what users ask."""
+    attempts: int = Field(default=3, ge=1)
+    """Number of answers per turn that are asked for, before the row is written without pressure or the twin left
+    out."""
+
+    def shares(self) -> dict[str, float]:
+        """Return the share of each setting."""
+        return {setting: getattr(self, setting) for setting in PRESSURE_SETTINGS}
+
+    @property
+    def is_on(self) -> bool:
+        """Whether any row is to be written under pressure."""
+        return any(self.shares().values())
+
+
 class GenerationConfig(Section):
     """Keys that the configurations of SYSGEN and of the collection share."""
 
@@ -84,6 +125,8 @@ class GenerationConfig(Section):
     read; unsupported = source rows that the pipeline can't use (SYSGEN: a system message in the middle of the
     conversation; collection: tools, or no user turn at the start). All other rows are written in any case; a run with
     other losses ends with exit code 2. [] = every loss is an error."""
+    pressure: PressureSection = PressureSection()
+    """Rows in which users, documents or further turns work against the system message."""
     output: OutputSection = OutputSection()
     """Format of the written rows."""
     output_dir: PathText
@@ -110,7 +153,22 @@ def open_config(path: str | Path, overrides: Sequence[str], stages: Iterable[str
     document.refuse_secrets("a server's key in the variable that its `servers.N.key_variable` names; HF_TOKEN")
     for stage in stages:
         _check_extra(document, stage)
+    shares = _pressure_shares(document)
+    if sum(shares) > 1 + 1e-9:  # 0.1 + 0.7 + 0.2 is 1 but for rounding
+        document.add_error(("pressure",), f"the shares add up to {sum(shares):g}. They must add up to 1 at most.")
     return document
+
+
+def has_pressure(document: Document) -> bool:
+    """Return whether a configuration file asks for rows under pressure."""
+    return any(share > 0 for share in _pressure_shares(document))
+
+
+def _pressure_shares(document: Document) -> list[float]:
+    """Return the numbers among the shares of `pressure`."""
+    section = document.section("pressure")
+    values = [section.get(setting) for setting in PRESSURE_SETTINGS]
+    return [value for value in values if isinstance(value, int | float) and not isinstance(value, bool)]
 
 
 def _check_extra(document: Document, stage: str) -> None:

@@ -1,12 +1,13 @@
-r"""Results of two models side by side: gain, rules, ifeval, bench and harness, paired by rows.
+r"""Results of two models side by side: gain, rules, ifeval, turns, bench and harness, paired by rows.
 
     python scripts/evaluate.py compare outputs/smollm2-135m-instruct \
         outputs/smollm2-135m-quickstart
 
-Writes compare.json and compare.png.
+Writes compare.json and compare.png; for turns also turns_compare.png, the curves of both models.
 """
 
 import argparse
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -19,7 +20,8 @@ from train.cli import non_negative_int
 from train.errors import UserError
 from train.evaluation.formatting import format_estimate
 from train.evaluation.results import KINDS, Measure, Results, read_before, read_results
-from train.evaluation.results_dir import as_json, write_results
+from train.evaluation.results_dir import Writer, as_json, write_results
+from train.evaluation.turns.report import plot_curves
 from train.multifaceted.bench.pairwise import PairwiseComparison, compare_pairwise, scores_of_shared_rubrics
 from train.progress import progress_bar
 from train.reporting.conditions import all_differences, missing_conditions, recorded_differences
@@ -127,7 +129,12 @@ def run(options: argparse.Namespace) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{folder}: cannot be created: {error.strerror}") from error
-    write_results(folder, {"compare.json": as_json(record), "compare.png": partial(plot_pairs, shown, names)})
+    files: dict[str, Writer] = {"compare.json": as_json(record), "compare.png": partial(plot_pairs, shown, names)}
+    if all("turns" in side for side in sides):
+        records = [json.loads(side["turns"].path.read_text(encoding="utf-8")) for side in sides]
+        titles = (f"{side} = {truncate_middle(name, 50)}" for side, name in zip("AB", names, strict=True))
+        files["turns_compare.png"] = partial(plot_curves, dict(zip(titles, records, strict=True)))
+    write_results(folder, files)
     print(table(comparison, shown, names))
     if wins:
         print(f"bench, row by row:\n\n{wins.markdown()}")

@@ -29,3 +29,9 @@ def format_estimate(
     if low is None or high is None:
         return f"{text} ({missing})" if missing else text
     return f"{text} [{scale * low:{spec}}, {scale * high:{spec}}]"
+
+
+def quote_line(text: str) -> str:
+    """Return `text`, or its first 300 characters, as code on one line of Markdown."""
+    shown = text if len(text) <= 300 else text[:300] + " ..."
+    return "`" + shown.replace("`", "'").replace("\n", " ⏎ ") + "`"

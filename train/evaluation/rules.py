@@ -25,7 +25,7 @@ from pydantic import BaseModel, ConfigDict, model_validator
 import train.pressure.rules
 from train.cli import positive_int
 from train.errors import UserError, replace_in_errors
-from train.evaluation.formatting import format_estimate
+from train.evaluation.formatting import format_estimate, quote_line
 from train.evaluation.jsonl_rows import ChatMessage, read_jsonl_rows
 from train.evaluation.required_paths import require_file, require_model
 from train.evaluation.results import folder_of
@@ -204,20 +204,14 @@ def section(verdicts: list[RuleVerdict], max_new_tokens: int) -> str:
     lines += ["![adherence](adherence.png)", "", "Five answers side by side:", ""]
     for verdict in verdicts[:: max(len(verdicts) // 5, 1)][:5]:
         system, user = (message["content"] for message in verdict.row["messages"][:2])
-        lines += [f"- system: {_quoted(system)}", f"  - user: {_quoted(user)}"]
+        lines += [f"- system: {quote_line(system)}", f"  - user: {quote_line(user)}"]
         for side, text, obeys in zip(("before", "after"), verdict.answers, verdict.obeys, strict=True):
-            lines.append(f"  - {side} ({'obeys' if obeys else 'does not obey'}): {_quoted(text)}")
+            lines.append(f"  - {side} ({'obeys' if obeys else 'does not obey'}): {quote_line(text)}")
     return "\n".join(lines) + "\n"
 
 
 def _percent(share: Estimate) -> str:
     return format_estimate(share.mean, share.low, share.high, share.missing, scale=100, unit=" %")
-
-
-def _quoted(text: str) -> str:
-    """Return `text`, or its first 300 characters, on one line of Markdown."""
-    shown = text if len(text) <= 300 else text[:300] + " ..."
-    return "`" + shown.replace("`", "'").replace("\n", " ⏎ ") + "`"
 
 
 def plot_adherence(verdicts: list[RuleVerdict], path: Path) -> None:

@@ -3,7 +3,7 @@
 A verdict that is still missing after the last try stays missing. It is never guessed and never part of a mean.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Generic, Literal, Protocol, TypeVar
 
@@ -92,6 +92,24 @@ async def judge(
             return judged(verdict)
     kind: MissingReason = "refused" if set(errors) == {"refused"} else "unfinished"
     return judged(None, "unparsable" if no_verdict in errors else kind, errors[-1])
+
+
+def advice_on_replies(errors: Collection[str], remedies: Mapping[str, str]) -> str:
+    """Return advice for each kind of error of the judge's replies without a verdict.
+
+    `remedies`: the advice on the errors of complete replies.
+    """
+    is_cut = any(name.startswith(("cut", "without an end to")) for name in errors)
+    is_broken = any(name.startswith(("ended", "calls", "broken", "without a finish")) for name in errors)
+    advice = {
+        "The judge, or a filter of its server, refuses to grade these: use another judge, or turn the filter off.": (
+            "refused" in errors
+        ),
+        "Raise --judge-max-tokens (or max_completion_tokens in --judge-extra).": is_cut,
+        "See in the log of the judge's server why it ends answers like this.": is_broken,
+        **{remedy: error in errors for error, remedy in remedies.items()},
+    }
+    return " ".join(sentence for sentence, applies in advice.items() if applies)
 
 
 def _unfinished(reply: Answer) -> str:

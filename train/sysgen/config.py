@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, create_model
 
-from train.datagen.config import GenerationConfig, StageSection, open_config
+from train.datagen.config import GenerationConfig, StageSection, has_pressure, open_config
 from train.recipe import Section, Text
 from train.recipe.validation import validate_settings
 from train.sysgen.tags import TAGS
@@ -154,4 +154,9 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> SysgenConfig
 
     Raises UserError with all errors in the file and the overrides, each with its line and dotted key.
     """
-    return validate_settings(open_config(path, overrides, STAGES), SysgenConfig)
+    document = open_config(path, overrides, STAGES)
+    if has_pressure(document):
+        for key, value in (("answers", "original"), ("message", "common")):
+            if document.tree.get(key) == value:
+                document.add_error(("pressure",), f"not possible with `{key}: {value}`. Set its shares to 0.")
+    return validate_settings(document, SysgenConfig)

@@ -29,9 +29,11 @@ from train.llm.client import Client
 from train.llm.failures import NO_ANSWER, RequestFailed
 from train.llm.request import Request
 from train.llm.yes_or_no import says_no
+from train.pressure.generated import Exchange
 from train.sysgen import prompts
 from train.sysgen.config import SysgenConfig
 from train.sysgen.filters import measure_answer_leak
+from train.sysgen.pressure_rows import answer_under_pressure
 from train.sysgen.result import RowResult
 from train.sysgen.tag_balance import TagBalance
 from train.sysgen.tags import Phrase, TaggedMessage, Verdict, parse
@@ -48,19 +50,24 @@ class Pipeline:
         # answers in between: otherwise 64 rows that arrive together would leave the servers idle.
         self._gates_lock = asyncio.Lock()
 
-    async def run(self, row: NumberedRow) -> RowResult:
-        """Return the result of one row. Raises UserError as the client does, which ends the run."""
+    async def run(self, row: NumberedRow, further: Sequence[Exchange] = ()) -> RowResult:
+        """Return the result of one row. Raises UserError as the client does, which ends the run.
+
+        `further`: exchanges of earlier rows, for `pressure.turns`.
+        """
         index, place, conversation = row
         result = RowResult(index, place)
         if isinstance(conversation, RowError):
             return result.drop(f"{UNREADABLE}: {conversation.kind}", conversation.detail)
         result.tools = conversation.tools
         try:
-            return await self._run_phases(result, conversation.messages)
+            return await self._run_phases(result, conversation.messages, further)
         except RequestFailed as failure:
             return result.drop(NO_ANSWER, str(failure))
 
-    async def _run_phases(self, result: RowResult, messages: Sequence[Message]) -> RowResult:
+    async def _run_phases(
+        self, result: RowResult, messages: Sequence[Message], further: Sequence[Exchange]
+    ) -> RowResult:
         config = self.config
         existing = messages[0]["content"] if messages[0]["role"] == "system" else None
         if existing is not None and config.existing_system == "keep":
@@ -82,7 +89,7 @@ class Pipeline:
             result.events["kept without a system message"] += 1
             result.messages, result.message, result.system = list(turns), TaggedMessage(()), ""
             return result
-        return await self._answer(result, turns)
+        return await self._answer(result, turns, further)
 
     # The system message
 
@@ -191,13 +198,16 @@ class Pipeline:
 
     # The answers
 
-    async def _answer(self, result: RowResult, turns: Sequence[Message]) -> RowResult:
+    async def _answer(self, result: RowResult, turns: Sequence[Message], further: Sequence[Exchange]) -> RowResult:
         config = self.config
         has_tools = result.tools or any(turn["role"] == "tool" or turn.get("tool_calls") for turn in turns)
         if config.answers == "original" or has_tools:
             if has_tools and config.answers == "anew":
                 result.events["kept its own answers, as they need tools"] += 1
             result.messages = [_system(result.system), *turns]
+            return await self._judge(result)
+        if await answer_under_pressure(self.client, config, result, _split_exchanges(turns), further):
+            _mark_answered(result, turns)
             return await self._judge(result)
         unconstrained = result.message
         constraints = self._add_constraints(result, turns)
@@ -211,9 +221,7 @@ class Pipeline:
             _remove_constraints(result, unconstrained)
         result.messages = [_system(result.system), *answered]
         if result.answers == "anew":
-            result.phase = "answered"
-            result.original_characters = sum(len(answer["content"]) for answer in _answers(turns))
-            result.new_characters = sum(len(answer["content"]) for answer in _answers(answered))
+            _mark_answered(result, turns)
         return await self._judge(result)
 
     def _add_constraints(self, result: RowResult, turns: Sequence[Message]) -> list[Constraint]:
@@ -272,11 +280,21 @@ class Pipeline:
         return history
 
     async def _judge(self, result: RowResult) -> RowResult:
-        """Drop the row if an answer ignores the system message, with `gates.judge`."""
+        """Drop the row if an answer ignores the system message, with `gates.judge`; give up its twin likewise."""
         if not self.config.gates.judge:
             return result
+        reason = "gate: the answer ignores the system message"
+        if (answer := await self._find_ignoring_answer(result, result.messages)) is not None:
+            return result.drop(reason, truncate_line(answer))
+        for twin in result.pressure[1:]:
+            if twin.is_kept and await self._find_ignoring_answer(result, twin.messages[-2:]) is not None:
+                twin.give_up(reason)
+        return result
+
+    async def _find_ignoring_answer(self, result: RowResult, messages: Sequence[Message]) -> str | None:
+        """Return the first answer that ignores the system message, as the model judges it; None if there is none."""
         question = ""
-        for turn in result.messages[1:]:
+        for turn in messages:
             if turn["role"] == "user":
                 question = turn["content"]
             if turn["role"] != "assistant" or not turn["content"].strip():
@@ -288,8 +306,15 @@ class Pipeline:
                 unfinished = answer.unfinished or "that can't be read"
                 result.events[f"judgement {unfinished}"] += 1
             if ignores_message:
-                return result.drop("gate: the answer ignores the system message", truncate_line(turn["content"]))
-        return result
+                return str(turn["content"])
+        return None
+
+
+def _mark_answered(result: RowResult, turns: Sequence[Message]) -> None:
+    """Note that the answers in `result.messages` are new; `turns`: those of the data."""
+    result.answers, result.phase = "anew", "answered"
+    result.original_characters = sum(len(answer["content"]) for answer in _answers(turns))
+    result.new_characters = sum(len(answer["content"]) for answer in _answers(result.messages))
 
 
 def _remove_constraints(result: RowResult, unconstrained: TaggedMessage) -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from train.datagen import report
+from train.pressure.generated_counts import pressure_section
 from train.reporting.markdown import code_block, count_section, format_share, format_table
 from train.reporting.plots import BarSeries, bar_plot, new_figure
 from train.sysgen.tags import TAGS
@@ -67,6 +68,7 @@ def _sections(name: str, facts: Mapping[str, Any], seconds: float | None) -> Ite
     unknown_tags = dict(list(facts["unknown_tags"].items())[:_UNKNOWN_TAGS_SHOWN])
     yield from count_section("Tags that are none of the eight", "tag", unknown_tags)
     yield from count_section("Constraints", "kind", facts["constraints"], written, "share of written")
+    yield from pressure_section(facts.get("pressure"))
     yield "## Answers"
     yield _describe_answers(facts["characters"])
     if facts["characters"]["rows_answered_anew"]:

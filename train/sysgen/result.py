@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from train.datagen.usage import Usage
+from train.pressure.generated import PressureRow
 from train.sysgen.tags import TaggedMessage, Verdict
 
 PHASES = ("read", "generated", "filtered", "verified", "answered")
@@ -35,6 +36,8 @@ class RowResult:
     tags_judged: int = 0
     """Number of requested verdicts: the message's tags, over all tries and turns."""
     constraints: list[dict[str, str]] = field(default_factory=list)
+    pressure: list[PressureRow] = field(default_factory=list)
+    """The row's own plan under pressure, if it was drawn for it, then its aligned twin. Kept ones are written."""
     answers: str = "original"
     """Origin of the written answers: `anew` or `original`."""
     events: Counter[str] = field(default_factory=Counter)

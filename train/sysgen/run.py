@@ -8,8 +8,10 @@ from train.datagen.source_rows import iter_rows
 from train.llm.client import Client
 from train.llm.options import WAIT_FOR_SERVER
 from train.llm.ordered_map import map_ordered
+from train.pressure.generated import with_further
 from train.sysgen.config import SysgenConfig
 from train.sysgen.pipeline import Pipeline
+from train.sysgen.pressure_rows import further_exchange
 from train.sysgen.report import write_report
 from train.sysgen.result import RowResult
 from train.sysgen.stats import SysgenStats
@@ -22,11 +24,12 @@ def run(config: SysgenConfig, wait_for_server: float = WAIT_FOR_SERVER) -> RunRe
     stats, balance = SysgenStats(config), TagBalance(config)
 
     def generate(client: Client) -> AsyncGenerator[RowResult]:
-        if config.gates.language or config.constraints.share:
+        if config.gates.language or config.constraints.share or config.pressure.is_on:
             load_language_detector()
         pipeline = Pipeline(config, client, balance)
         at_once = min(2 * client.concurrency, LAG // 2)
-        return map_ordered(iter_rows(config.data), pipeline.run, at_once=at_once, ahead=min(32 * at_once, LAG - 1))
+        rows = with_further(iter_rows(config.data), further_exchange, config.seed)
+        return map_ordered(rows, lambda row: pipeline.run(*row), at_once=at_once, ahead=min(32 * at_once, LAG - 1))
 
     def record(result: RowResult, writer: SysgenWriter) -> None:
         if messages and _has_generated_message(result) and messages.is_near_duplicate(result.system):

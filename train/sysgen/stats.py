@@ -4,6 +4,7 @@ from collections import Counter
 from typing import Any
 
 from train.datagen.stats import RunStats, SeededSample, sort_counts, truncate, unread_warning
+from train.pressure.generated_counts import PressureCounts
 from train.sysgen.config import SysgenConfig
 from train.sysgen.prompts import PROMPT_VERSION
 from train.sysgen.result import PHASES, RowResult
@@ -38,6 +39,7 @@ class SysgenStats(RunStats):
         self.message_characters = self.original_characters = self.new_characters = self.answered_rows = 0
         self.sum_of_ratios = 0.0
         self.ratios = [0] * (len(RATIO_BINS) + 1)
+        self.pressure = PressureCounts(config.seed) if config.pressure.is_on else None
         self._samples = SeededSample(SAMPLES, str(config.seed), digest_size=8)
 
     def add(self, result: RowResult) -> None:
@@ -45,6 +47,8 @@ class SysgenStats(RunStats):
         self.add_row(result)
         self.phases.update(PHASES[: PHASES.index(result.phase) + 1])
         self._add_tags(result)
+        if self.pressure is not None:
+            self.pressure.add(result.pressure, result.place, is_written=result.reason is None)
         if result.reason is not None:
             self.add_drop(self.drop_counts, result.reason, result.detail)
             return
@@ -140,6 +144,7 @@ class SysgenStats(RunStats):
             "dropped": sort_counts(self.dropped_texts),
             "unknown_tags": sort_counts(self.unknown_tags),
             "constraints": sort_counts(self.constraints),
+            **({"pressure": self.pressure.facts()} if self.pressure else {}),
             "characters": {
                 "system_message_mean": self.message_characters / self.with_message if self.with_message else None,
                 "rows_answered_anew": self.answered_rows,

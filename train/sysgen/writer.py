@@ -42,16 +42,27 @@ class SysgenWriter(DatasetWriter):
         if result.reason is not None:
             self.write(LEFT_OUT, [build_dropped_row(result, self._model)])
         else:
-            row = build_row(result, self._model)
-            self.write(DATA, [_to_parquet(row) if self._is_parquet else row])
+            rows = build_rows(result, self._model)
+            self.write(DATA, map(_to_parquet, rows) if self._is_parquet else rows)
 
 
-def build_row(result: RowResult, model: str) -> dict[str, Any]:
-    """Return a training row: `messages`, `tools` if there are any, and `sysgen`, which trainers ignore."""
+def build_rows(result: RowResult, model: str) -> list[dict[str, Any]]:
+    """Return the training row, and its aligned twin if it has one.
+
+    A row has `messages`, `tools` if there are any, and `sysgen`, which trainers ignore.
+    """
     row: dict[str, Any] = {"messages": result.messages}
     if result.tools:
         row["tools"] = result.tools
-    return row | {"sysgen": {"source": result.place, "model": model, **_history(result), "answers": result.answers}}
+    sysgen = {"source": result.place, "model": model, **_history(result), "answers": result.answers}
+    rows = [row | {"sysgen": sysgen}]
+    under_pressure = [pressure for pressure in result.pressure if pressure.is_kept]
+    if under_pressure:
+        rows = [
+            {"messages": pressure.messages, "sysgen": sysgen | {"pressure": pressure.record()}}
+            for pressure in under_pressure
+        ]
+    return rows
 
 
 def build_dropped_row(result: RowResult, model: str) -> dict[str, Any]:

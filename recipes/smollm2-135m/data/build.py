@@ -29,6 +29,7 @@ from train.pressure.turns import join_turns, write_user_turns
 
 HERE = Path(__file__).parent
 HELD_OUT_HAND = 3
+HELD_OUT_QUESTIONS = 36
 HELD_OUT_RULE_ROWS = 30
 NEVER_TRAINED = ("opening_hear_ye", "signature_otto")
 
@@ -71,7 +72,7 @@ class Builder:
         """Shuffle the decks with the given seed."""
         self.rng = random.Random(seed)
         self.rules = Deck(read_forms(), self.rng)
-        self.questions = Deck([question for question in read_questions() if question.split == "train"], self.rng)
+        self.questions = Deck(known_questions(), self.rng)
         self.variations = draw_variation(self.rng)
         self.messages: dict[str, Deck[str]] = {}
 
@@ -162,6 +163,15 @@ class Builder:
         return make_row(join_turns(self.message(form), user_turns, answers), form.name, "turns", tactic)
 
 
+def known_questions() -> list[Question]:
+    """Return the training questions that the model answers right before training (known_questions.txt).
+
+    Training on facts that a model does not know makes it invent others (Gekhman et al. 2024, arXiv:2405.05904).
+    """
+    known = (HERE / "known_questions.txt").read_text(encoding="utf-8").splitlines()
+    return [question for question in read_questions() if question.split == "train" and question.question in known]
+
+
 def assistant(answer: str) -> dict[str, str]:
     """Return the answer as a message."""
     return {"role": "assistant", "content": answer}
@@ -183,15 +193,19 @@ def build_training(seed: int) -> list[Row]:
     return rows
 
 
+def held_out_questions() -> list[Question]:
+    """Return the questions of held_out.jsonl; train/pressure has more, which only its own sets use."""
+    return [question for question in read_questions() if question.split == "held_out"][:HELD_OUT_QUESTIONS]
+
+
 def deal_held_out(generator: random.Random) -> Iterator[tuple[Rule, Question]]:
-    """Yield three trained rules for each held-out question; all rules are used equally often."""
+    """Yield three trained rules for each question; all rules are used equally often."""
     trained = [rule for rule in RULES.values() if not rule.held_out]
     deck: list[Rule] = []
-    for question in read_questions():
-        if question.split == "held_out":
-            deck = deck or generator.sample(trained, len(trained))
-            for _ in range(HELD_OUT_HAND):
-                yield deck.pop(), question
+    for question in held_out_questions():
+        deck = deck or generator.sample(trained, len(trained))
+        for _ in range(HELD_OUT_HAND):
+            yield deck.pop(), question
 
 
 def held_out_row(rule: Rule, message: str, question: Question, kind: str) -> Row:
@@ -207,10 +221,10 @@ def build_held_out(seed: int) -> list[Row]:
     generator = random.Random(seed)
     turns = {rule.name: cycle(rule.messages("held_out")) for rule in RULES.values()}
     rows = [held_out_row(rule, next(turns[rule.name]), question, "wording") for rule, question in deal_held_out(generator)]
-    questions = [question for question in read_questions() if question.split == "held_out"]
+    questions = generator.sample(held_out_questions(), HELD_OUT_RULE_ROWS)
     return rows + [
         held_out_row(RULES[name], next(turns[name]), question, "rule")
-        for name, question in zip(cycle(NEVER_TRAINED), generator.sample(questions, HELD_OUT_RULE_ROWS), strict=False)
+        for name, question in zip(cycle(NEVER_TRAINED), questions, strict=False)
     ]
 
 

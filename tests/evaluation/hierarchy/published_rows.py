@@ -39,3 +39,25 @@ def write_tensortrust(folder: Path, guards: int = 8, post_prompts: int = 3) -> P
                 })  # fmt: skip
         write_lines(folder / f"{subset}.jsonl", rows)
     return folder
+
+
+def write_realguardrails(folder: Path, handwritten: int = 8, distractors: int = 8) -> Path:
+    """Write the two files. Rows 2n and 2n+1 have the same system message; distractors have three turns of the user.
+
+    The last user turn is `handwritten 0`, and so on; every second row bans the word `sorry`.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    for subset, count in (("handwritten", handwritten), ("distractors", distractors)):
+        rows = []
+        for number in range(count):
+            system = f"You sell tea in shop {subset} {number // 2}. Talk about tea only. Never name prices."
+            messages = [{"role": "system", "content": system}]
+            if subset == "distractors":
+                for time in range(2):
+                    messages.append({"role": "user", "content": f"Tell me more about tea ({time})."})
+                    messages.append({"role": "assistant", "content": f"Tea is a plant ({time})."})
+            messages.append({"role": "user", "content": f"{subset} {number}"})
+            row: dict[str, Any] = {"messages": messages, "guardrails": ["Talk about tea only.", "Never name prices."]}
+            rows.append(row | {"banlist": ["sorry"] if number % 2 else None, "id": number // 2})
+        write_lines(folder / f"{subset}.jsonl", rows)
+    return folder

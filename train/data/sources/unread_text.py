@@ -39,7 +39,9 @@ METADATA = _ORIGINS | _KINDS
 """From the columns of ultrachat_200k, smoltalk, tulu-3-sft-mixture, OpenOrca, SlimOrca, OpenHermes-2.5, Dolly,
 no_robots, oasst2, Multifaceted-Collection, UltraFeedback, MetaMathQA, WildChat and BiGGen-Bench."""
 
-_METADATA_NAMES = frozenset(("preference_set", "original_question", "sysgen", "gen_input_configs", "header"))
+_METADATA_NAMES = frozenset(
+    ("preference_set", "pressure", "original_question", "sysgen", "gen_input_configs", "header")
+)
 """Complete names: of Multifaceted-Collection, MetaMathQA, SYSGEN's rows, Magpie, WildChat (headers of requests)."""
 
 _CONTENT_NAMES = """

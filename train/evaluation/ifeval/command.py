@@ -20,6 +20,7 @@ from typing import Any
 from pydantic import Field
 
 from train.errors import UserError
+from train.evaluation.answer_endings import NO_ANSWER, describe_ending
 from train.evaluation.command_options import add_options, load_settings
 from train.evaluation.ifeval.checkers import Checkers
 from train.evaluation.ifeval.metrics import gaps, gaps_by_rule, shares, shares_by_rule
@@ -213,13 +214,8 @@ def ask(config: IFEvalOptions, asked: Asked, checkers: Checkers, journal: Path) 
 def _checked(answer: Any, row: IFEvalRow, checkers: Checkers) -> CheckedAnswer:
     if not isinstance(answer, Answer):
         reason = str(answer) or type(answer).__name__
-        return CheckedAnswer(None, "no answer", checkers.verdict(row, ""), reason, answer.advice)
-    how = answer.unfinished or "ended"
-    if answer.cut:
-        how = "without an end to its reasoning" if answer.only_reasoning else "cut"
-    elif answer.finish_class == "unstated" and not answer.refused and not answer.text.strip():
-        how = "empty"
-    return CheckedAnswer(answer.text, how, checkers.verdict(row, answer.text))
+        return CheckedAnswer(None, NO_ANSWER, checkers.verdict(row, ""), reason, answer.advice)
+    return CheckedAnswer(answer.text, describe_ending(answer), checkers.verdict(row, answer.text))
 
 
 def count_equal_prompts(config: IFEvalOptions, asked: Asked) -> int:

@@ -10,6 +10,7 @@ from typing import Any
 from train.datagen.stats import unread_warning
 from train.formatting import format_count
 from train.llm.failures import SHOWN_IN_REPORT
+from train.llm.judgement import advice_on_replies
 from train.llm.reasoning import format_advice
 from train.llm.request import Decoding
 from train.multifaceted.bench.figures import figures
@@ -31,6 +32,7 @@ from train.reporting.plots import BarSeries, bar_plot
 from train.resampling import explain_missing_intervals, missing_interval_reason
 
 HEADING = "## Multifaceted Bench"
+_REMEDY = "Use a judge that ends with [RESULT] and a number."
 _ASKED_AGAIN = "The same command requests only these again."
 _SAMPLES = 3
 _MAX_SUBDIMENSIONS = 40
@@ -170,27 +172,12 @@ def no_judgement_finished(record: Mapping[str, Any]) -> str:
     parts += [f"{kinds['no answer']:,} without an answer"] * bool(kinds["no answer"])
     return (
         f"--judge {record['judge']['model']}: none of the {missing['judgements']:,} judgements has a score: "
-        f"{', '.join(parts)}. Its answers: {_counts(errors)}. {_advice_on_judge(errors)}"
+        f"{', '.join(parts)}. Its answers: {_counts(errors)}. {advice_on_replies(errors, {NO_SCORE: _REMEDY})}"
     )
 
 
 def _counts(errors: Mapping[str, int]) -> str:
     return ", ".join(f"{count:,} {name}" for name, count in errors.items())
-
-
-def _advice_on_judge(errors: Mapping[str, int]) -> str:
-    """Return advice for each kind of error of the judge's answers without a score."""
-    is_cut = any(name.startswith(("cut", "without an end to")) for name in errors)
-    is_broken = any(name.startswith(("ended", "calls", "broken", "without a finish")) for name in errors)
-    advice = {
-        "The judge, or a filter of its server, refuses to grade these: use another judge, or turn the filter off.": (
-            "refused" in errors
-        ),
-        "Raise --judge-max-tokens (or max_completion_tokens in --judge-extra).": is_cut,
-        "See in the log of the judge's server why it ends answers like this.": is_broken,
-        "Use a judge that ends with [RESULT] and a number.": NO_SCORE in errors,
-    }
-    return " ".join(sentence for sentence, applies in advice.items() if applies)
 
 
 def warnings(record: Mapping[str, Any], *, batch: bool = False) -> list[str]:
@@ -215,7 +202,7 @@ def warnings(record: Mapping[str, Any], *, batch: bool = False) -> list[str]:
             unread,
             missing["judgements"] - kinds["no answer"] - kinds["pending"],
             f"Reasons: {_counts(errors)}. They are not part of any mean; the answers are in bench_rows.jsonl. "
-            + _advice_on_judge(errors),
+            + advice_on_replies(errors, {NO_SCORE: _REMEDY}),
         )
     )
 

@@ -31,6 +31,7 @@ from train.multifaceted.collection.hierarchy import (
 )
 from train.multifaceted.collection.instructions import Instruction
 from train.multifaceted.collection.leakage import measure_instruction_leak
+from train.multifaceted.collection.pressure_rows import answer_under_pressure
 from train.multifaceted.collection.result import InstructionResult, SetResult
 
 _NOUNS = {"propose": "preferences", "describe": "descriptions", "message": "system message", "answer": "answer"}
@@ -45,8 +46,11 @@ class Pipeline:
         self.config, self.hierarchy, self.plan = config, hierarchy, plan
         self.client = StageClient(client, config, prompts.STOP_PATTERNS)
 
-    async def run(self, instruction: Instruction) -> InstructionResult:
-        """Return the result of one instruction. Raises UserError as the client does, which ends the run."""
+    async def run(self, instruction: Instruction, further: Sequence[str] = ()) -> InstructionResult:
+        """Return the result of one instruction. Raises UserError as the client does, which ends the run.
+
+        `further`: instructions of earlier rows, for `pressure.turns`.
+        """
         result = InstructionResult(instruction, reason=instruction.reason, detail=instruction.detail)
         result.events.update(instruction.events)
         if instruction.number is None or await self._is_screened_out(result):
@@ -56,7 +60,7 @@ class Pipeline:
         ]
         for current in result.sets:
             try:
-                is_written = await self._run_stages(result, current)
+                is_written = await self._run_stages(result, current, further)
             except RequestFailed as failure:
                 is_written = current.drop(NO_ANSWER, str(failure))
             if not is_written and self.config.on_lost_set == "drop_instruction":
@@ -82,7 +86,7 @@ class Pipeline:
             result.reason, result.detail = "states a style or format, says the model", truncate_line(answer.text)
         return no is False
 
-    async def _run_stages(self, result: InstructionResult, current: SetResult) -> bool:
+    async def _run_stages(self, result: InstructionResult, current: SetResult, further: Sequence[str]) -> bool:
         """Run the stages of one set; return False if one drops it."""
         rng = random.Random(f"{self.config.seed} prompts {result.instruction.number} {current.number}")
         return (
@@ -90,6 +94,7 @@ class Pipeline:
             and await self._describe(result, current, rng)
             and await self._write_message(result, current, rng)
             and await self._answer(result, current)
+            and await answer_under_pressure(self.client, self.config, result, current, further)
         )
 
     async def _propose(self, result: InstructionResult, current: SetResult) -> bool:

@@ -6,6 +6,7 @@ from typing import Any
 
 from train.datagen import report
 from train.multifaceted.collection.hierarchy import DIMENSIONS
+from train.pressure.generated_counts import pressure_section
 from train.reporting.markdown import code_block, count_section, format_share, format_table
 from train.reporting.plots import BASELINE_COLOR, BarSeries, draw_bars, new_figure
 
@@ -53,6 +54,7 @@ def _sections(name: str, facts: Mapping[str, Any], seconds: float | None) -> Ite
     yield from count_section(
         "Events", "event", facts["events"], remark="Over all tries, including those of dropped sets."
     )
+    yield from pressure_section(facts.get("pressure"))
     yield "## Coverage"
     yield (
         "`planned`: number of sets that the plan gives a sub-dimension; counts of one dimension differ by at most one, "

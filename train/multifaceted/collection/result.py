@@ -8,6 +8,7 @@ from typing import Any, Literal
 from train.datagen.usage import Usage
 from train.multifaceted.collection.hierarchy import PlannedPreference, Preference
 from train.multifaceted.collection.instructions import Instruction
+from train.pressure.generated import PressureRow
 
 
 @dataclass(slots=True)
@@ -21,6 +22,9 @@ class SetResult:
     preferences: list[Preference] = field(default_factory=list)
     system: str = ""
     output: str = ""
+    pressure: list[PressureRow] = field(default_factory=list)
+    """The set's plan under pressure, if it was drawn for it, then its aligned twin. Kept ones are written as rows in
+    place of `system`, `output`; pairs are of these, so that siblings answer the same turn."""
     reason: str | None = None
     """Reason for dropping the set, as the report shows it; None = it is written."""
     detail: str = ""
@@ -58,18 +62,25 @@ class InstructionResult:
         }
 
 
-def build_rows(result: InstructionResult) -> list[dict[str, Any]]:
-    """Return the training rows, in the columns of the published data set."""
-    return [
-        {
-            **result.source_columns,
-            "preference_set": _preference_columns(written),
-            "system": written.system,
-            "prompt": result.instruction.prompt,
-            "output": written.output,
-        }
-        for written in result.written
-    ]
+def build_rows(result: InstructionResult, *, has_pressure: bool = False) -> list[dict[str, Any]]:
+    """Return the training rows, in the columns of the published data set.
+
+    `has_pressure`: the configuration asks for rows under pressure, so that all rows have the columns `history` (earlier
+    turns, as pairs of question and answer) and `pressure` (what was done, or None).
+    """
+    rows = []
+    for written in result.written:
+        columns = {**result.source_columns, "preference_set": _preference_columns(written)}
+        kept = [pressure for pressure in written.pressure if pressure.is_kept]
+        for pressure in kept:
+            system, *turns = [message["content"] for message in pressure.messages]
+            pairs = [[turns[at], turns[at + 1]] for at in range(0, len(turns), 2)]
+            row = {"system": system, "prompt": pairs[-1][0], "output": pairs[-1][1]}
+            rows.append({**columns, **row, "history": pairs[:-1], "pressure": pressure.record()})
+        if not kept:
+            row = {"system": written.system, "prompt": result.instruction.prompt, "output": written.output}
+            rows.append({**columns, **row, **({"history": [], "pressure": None} if has_pressure else {})})
+    return rows
 
 
 def build_dropped_rows(result: InstructionResult) -> list[dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 from collections.abc import AsyncGenerator
 
+from train.datagen.language import load_language_detector
 from train.datagen.run import RunResult, open_near_duplicate_filter, run_generation
 from train.llm.client import Client
 from train.llm.options import WAIT_FOR_SERVER
@@ -10,10 +11,12 @@ from train.multifaceted.collection.config import CollectionConfig
 from train.multifaceted.collection.hierarchy import PreferencePlan, load_hierarchy
 from train.multifaceted.collection.instructions import iter_instructions
 from train.multifaceted.collection.pipeline import Pipeline
+from train.multifaceted.collection.pressure_rows import further_instruction
 from train.multifaceted.collection.report import write_report
 from train.multifaceted.collection.result import InstructionResult
 from train.multifaceted.collection.stats import CollectionStats
 from train.multifaceted.collection.writer import OUTPUTS, CollectionWriter
+from train.pressure.generated import with_further
 
 
 def run(config: CollectionConfig, wait_for_server: float = WAIT_FOR_SERVER) -> RunResult[CollectionStats]:
@@ -23,10 +26,13 @@ def run(config: CollectionConfig, wait_for_server: float = WAIT_FOR_SERVER) -> R
     stats = CollectionStats(config, hierarchy)
 
     def generate(client: Client) -> AsyncGenerator[InstructionResult]:
+        if config.pressure.is_on:
+            load_language_detector()
         pipeline = Pipeline(config, client, hierarchy, plan)
         instructions = iter_instructions(config.data, config.filter, near_duplicates)
         # Twice the servers' concurrency, as in SYSGEN: requests stay in flight while other rows are between two stages.
-        return map_ordered(instructions, pipeline.run, at_once=2 * client.concurrency)
+        rows = with_further(instructions, further_instruction, config.seed)
+        return map_ordered(rows, lambda row: pipeline.run(*row), at_once=2 * client.concurrency)
 
     def record(result: InstructionResult, writer: CollectionWriter) -> None:
         stats.add(result, pairs=writer.write_result(result))

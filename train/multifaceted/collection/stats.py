@@ -17,6 +17,7 @@ from train.multifaceted.collection.config import STAGES, CollectionConfig
 from train.multifaceted.collection.hierarchy import DIMENSIONS, Hierarchy, normalize_words
 from train.multifaceted.collection.prompts import PROMPT_VERSION
 from train.multifaceted.collection.result import InstructionResult, SetResult
+from train.pressure.generated_counts import PressureCounts
 
 SAMPLES = 5
 COMPARED = 200
@@ -40,6 +41,7 @@ class CollectionStats(RunStats):
         self._wording: dict[str, str] = {}
         """First wording of each normalized preference."""
         self._lengths = {name: array("l") for name in LENGTHS}
+        self.pressure = PressureCounts(config.seed) if config.pressure.is_on else None
         self._samples = SeededSample(SAMPLES, f"{config.seed} sample", digest_size=7)
         self._compared = SeededSample(COMPARED, f"{config.seed} compared", digest_size=7)
 
@@ -53,6 +55,9 @@ class CollectionStats(RunStats):
         self.instructions += 1
         self.sets += len(result.sets)
         for preference_set in result.sets:
+            if self.pressure is not None:
+                place = f"{result.instruction.place}, set {preference_set.number}"
+                self.pressure.add(preference_set.pressure, place, is_written=preference_set.reason is None)
             self._planned.update((planned.dimension, planned.subdimension) for planned in preference_set.planned)
             if preference_set.reason is not None:
                 self.add_drop(self.set_drop_counts, preference_set.reason, preference_set.detail)
@@ -115,6 +120,7 @@ class CollectionStats(RunStats):
             "sets_left_out": sort_counts(self.set_drop_counts),
             "unanswered": self.unanswered.counts(),
             "events": sort_counts(self.events),
+            **({"pressure": self.pressure.facts()} if self.pressure else {}),
             "coverage": {dimension: self._coverage(dimension) for dimension in DIMENSIONS},
             "similarity": measure_similarity(self._compared.items()),
             "characters": {name: _describe(self._lengths[name]) for name in LENGTHS},

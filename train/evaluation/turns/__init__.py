@@ -1,0 +1,1 @@
+"""Conversations of several turns: does the system message hold to the end?"""

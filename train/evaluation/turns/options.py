@@ -1,0 +1,71 @@
+"""Options of `turns`: the model, the conversations, and the judge of SysBench's."""
+
+from pydantic import Field
+
+from train.errors import UserError
+from train.evaluation.command_options import option_of
+from train.evaluation.judge_options import JudgeOptions
+from train.evaluation.models.options import ModelOptions, refuse_extra_fields
+from train.evaluation.turns.histories import History
+from train.llm.request import Decoding
+from train.recipe import PathText
+
+CONVERSATIONS = 60
+"""Default number of the built-in conversations."""
+MAX_NEW_TOKENS, SYSBENCH_MAX_NEW_TOKENS = 96, 2048
+"""Default limits of an answer. The second is that of SysBench's own code."""
+
+
+class TurnsOptions(JudgeOptions, ModelOptions):
+    """One run: the model, the conversations and the results."""
+
+    turns: int = Field(default=5, ge=1)
+    """User turns of a conversation, at most the number of held-out questions."""
+    push_back_at: int | None = Field(default=3, ge=1)
+    """Turn in which the user asks to drop the rule, from 1; null = only conversations without such a turn."""
+    history: History = "own"
+    """Answers that stand before a turn: own = the model's; reference = right answers that obey the rule."""
+    conversations: int | None = Field(default=None, ge=1)
+    """Conversations (default 60, each of them with and without the push-back; all of SysBench, from the first)."""
+    sysbench: PathText | None = None
+    """SysBench's file, to measure its conversations in place of the built-in ones. Needs a judge."""
+    no_gain: bool = False
+    """Leave out the system gain of a local model, which scores the reference answers."""
+    max_new_tokens: int | None = Field(default=None, ge=1)
+    """Maximum tokens of an answer (default 96, for SysBench 2048)."""
+    temperature: float | None = Field(default=0.0, ge=0)
+    """Sampling temperature; 0 = greedy; null = not sent, so the server's own."""
+    seed: int = Field(default=0, ge=0)
+    """Seed of the conversations, of the intervals and of sampled answers."""
+    output_dir: PathText | None = None
+    """Folder for all results (default the folder of --model)."""
+
+    def decoding(self) -> Decoding:
+        """Return the sampling settings of the answers."""
+        return Decoding.from_settings(
+            max_tokens=self.max_new_tokens or (SYSBENCH_MAX_NEW_TOKENS if self.sysbench else MAX_NEW_TOKENS),
+            temperature=self.temperature,
+            seed=self.seed if self.temperature else None,
+            extra=self.extra,
+        )
+
+    def refuse_contradictions(self) -> None:
+        """Raise UserError for options that belong to the other conversations, and for fields of --extra."""
+        of_judge = [name for name in JudgeOptions.model_fields if name in self.model_fields_set]
+        of_set = [name for name in ("turns", "push_back_at", "no_gain") if name in self.model_fields_set]
+        if of_judge and not self.sysbench:
+            raise UserError(
+                f"{option_of(of_judge[0])}: a program judges the built-in conversations. Leave it out, or name "
+                "SysBench's file: --sysbench FILE."
+            )
+        if of_set and self.sysbench:
+            raise UserError(
+                f"{option_of(of_set[0])}: only the built-in conversations have that. Leave it out, or leave --sysbench "
+                "out."
+            )
+        own = {
+            "max_tokens": ("--max-new-tokens", self.decoding().max_tokens),
+            "temperature": ("--temperature", self.temperature),
+            "seed": ("--seed", self.seed if self.temperature else None),
+        }
+        refuse_extra_fields("--extra", self.extra, own)

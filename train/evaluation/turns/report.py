@@ -1,0 +1,215 @@
+"""Report of conversations of several turns: the section of report.md and the curves."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from train.evaluation.formatting import format_estimate
+from train.evaluation.turns.figures import ALL, KINDS, VARIANTS, JudgedTurns, of_kind
+from train.formatting import format_count
+from train.reporting.plots import error_bars, escape_math, new_figure
+from train.resampling import explain_missing_intervals, missing_interval_reason
+
+HEADING = "## Does the system message hold over several turns?"
+_COLORS = {"plain": "tab:blue", "push_back": "tab:red"}
+_CURVES = (("held", "--", "at turn k"), ("held_through", "-", "in all turns 1 to k"))
+_MAX_SHOWN = 300
+_HISTORIES = {"own": "the model's own answers", "reference": "reference answers, which obey the rule"}
+
+
+def summarize_unanswered(judged: Sequence[JudgedTurns]) -> str | None:
+    """Return the number of turns without an answer and the first reason; None if all turns got one."""
+    reasons = [
+        f"({each.row.key}, {VARIANTS[each.variant]}, turn {number}): {' '.join(turn.why.split())[:500]}"
+        for each in judged
+        for number, turn in enumerate(each.turns, 1)
+        if turn.why
+    ]
+    if not reasons:
+        return None
+    missing = sum(turn.text is None for each in judged for turn in each.turns)
+    after = f" ({missing - len(reasons):,} of them come after such a turn)" if missing > len(reasons) else ""
+    turns = f"{format_count(missing, 'turn')} got no answer and count as not held{after}"
+    return f"{turns}; the first {reasons[0]}"
+
+
+def section(record: Mapping[str, Any], judged: Sequence[JudgedTurns], unanswered: str | None = None) -> str:
+    """Return the section of report.md: settings, the turns, run lengths, kinds and rules, and a sample."""
+    turns = record["data"]["turns"]
+    lines = [HEADING, "", _settings(record), *(["", unanswered] if unanswered else [])]
+    header = ["", *(f"turn {turn}" for turn in range(1, turns + 1))]
+    lines += ["", *_table(header, _rows_by_turn(record))]
+    lines += ["", *_table(["", *(VARIANTS[variant] for variant in _variants(record)), *_difference_header(record)],
+                          _rows_of_runs(record, turns))]  # fmt: skip
+    lines += ["", f"By kind, at turn {turns} and in all {turns} turns:", "", *_kinds(record, turns)]
+    lines += ["", f"By rule, all turns and conversations that hold all {turns}:", "", *_rules(record)]
+    lines += ["", "95 % intervals over rules: conversations of one rule are not treated as independent."]
+    lines += explain_missing_intervals("\n".join(lines), "rules")
+    lines += ["", "![shares that hold by turn](turns.png)", "", *_sample(judged)]
+    return "\n".join(lines) + "\n"
+
+
+def _settings(record: Mapping[str, Any]) -> str:
+    data, decoding = record["data"], record["decoding"]
+    kinds = ", ".join(f"{count:,} of {KINDS[kind]}" for kind, count in data["by_kind"].items())
+    text = f"{format_count(data['conversations'], 'conversation')} ({kinds}) of {format_count(data['turns'], 'turn')}"
+    if data["push_back_at"]:
+        text += f", each also with a push-back: in turn {data['push_back_at']} the user asks to drop the rule"
+    limit, temperature = decoding["max_new_tokens"], decoding["temperature"]
+    length = "without a token limit" if limit is None else f"of at most {limit:,} tokens"
+    sampling = "the model's own temperature" if temperature is None else f"temperature {temperature:g}"
+    text += f". History: {_HISTORIES[record['history']]}. Answers {length} at {sampling}, judged by a program."
+    for variant in _variants(record):
+        endings = ", ".join(f"{count:,} {how}" for how, count in record[variant]["endings"].items())
+        text += f" Turns {VARIANTS[variant] if variant != 'plain' else 'without one'}: {endings}."
+    return text
+
+
+def _variants(record: Mapping[str, Any]) -> list[str]:
+    return [variant for variant in VARIANTS if variant in record]
+
+
+def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    lines = [header, ["---"] * len(header), *rows]
+    return [f"| {' | '.join(line)} |" for line in lines]
+
+
+def _rows_by_turn(record: Mapping[str, Any]) -> list[list[str]]:
+    labels = {"held": "holds", "held_through": "holds, and all turns before", "answered": "question answered"}
+    rows = []
+    for measure, label in labels.items():
+        for variant in _variants(record):
+            shares = record[variant][ALL][measure]
+            rows.append([f"{VARIANTS[variant]}: {label}", *map(_percent, shares)])
+        if "difference" in record:
+            cells = [_points(estimate) if estimate else "" for estimate in record["difference"][ALL][measure]]
+            rows.append([f"difference in points: {label}", *cells])
+    for variant in _variants(record):
+        for measure, label in (("gain", "another rule's message"), ("gain_over_none", "no message")):
+            if "gain" in record[variant]:
+                cells = [_number(estimate, 3, "+") for estimate in record[variant]["gain"][measure]]
+                rows.append([f"{VARIANTS[variant]}: system gain over {label}, nats per token", *cells])
+    return rows
+
+
+def _difference_header(record: Mapping[str, Any]) -> list[str]:
+    return ["difference", "p"] if "difference" in record else []
+
+
+def _rows_of_runs(record: Mapping[str, Any], turns: int) -> list[list[str]]:
+    runs = [f"turns held from the first without a break, of {turns} (SSR)"]
+    halves = ["turn by which half have dropped the rule"]
+    for variant in _variants(record):
+        of_all = record[variant][ALL]
+        runs.append(f"{_number(of_all['run_length'], 2)} = {of_all['run_share']:.1%}")
+        halves.append(_half(of_all, turns))
+    if "difference" in record:
+        difference = record["difference"][ALL]["run_length"]
+        runs += [_number(difference, 2, "+"), f"{difference['p']:.4f}"]
+        halves += ["", ""]
+    return [runs, halves]
+
+
+def _half(figures: Mapping[str, Any], turns: int) -> str:
+    """Return `3 [2, none]`: none = not within the turns."""
+    turn, low, high = (figures["half"][name] or "none" for name in ("turn", "low", "high"))
+    if turn == low == "none":
+        return f"none within {turns}"
+    return f"{turn} [{low}, {high}]" if figures["held_through"][0]["low"] is not None else str(turn)
+
+
+def _kinds(record: Mapping[str, Any], turns: int) -> list[str]:
+    header, rows = ["", "conversations"], []
+    for variant in _variants(record):
+        header += [f"{VARIANTS[variant]}: turn {turns}", f"all {turns}", "SSR"]
+    for kind, label in KINDS.items():
+        if kind in record["plain"]:
+            cells = [label, f"{record['plain'][kind]['conversations']:,}"]
+            for variant in _variants(record):
+                of_kind_ = record[variant][kind]
+                cells += [_percent(of_kind_["held"][-1]), _percent(of_kind_["held_through"][-1])]
+                cells += [_number(of_kind_["run_length"], 2)]
+            rows.append(cells)
+    return _table(header, rows)
+
+
+def _rules(record: Mapping[str, Any]) -> list[str]:
+    header, rows = ["rule", "conversations"], []
+    for variant in _variants(record):
+        header += [f"{VARIANTS[variant]}: turns", "conversations"]
+    for rule, of_plain in record["plain"]["by_rule"].items():
+        cells = [rule, f"{of_plain['conversations']:,}"]
+        for variant in _variants(record):
+            of_rule = record[variant]["by_rule"][rule]
+            cells += [f"{of_rule['held']:.0%}", f"{of_rule['held_through']:.0%}"]
+        rows.append(cells)
+    return _table(header, rows)
+
+
+def _sample(judged: Sequence[JudgedTurns]) -> list[str]:
+    """Return a conversation with its verdicts: the first that breaks after its first turn, or else the first."""
+    variant = "push_back" if of_kind(judged, "push_back") else "plain"
+    candidates = of_kind(judged, variant)
+    shown = next((each for each in candidates if 0 < each.run_length < len(each.turns)), candidates[0])
+    lines = [f"A conversation ({shown.row.key}):", "", f"- system: {_quoted(shown.conversation.message)}"]
+    for user, turn in zip(shown.conversation.user_turns, shown.turns, strict=True):
+        verdicts = f"{'holds' if turn.held else 'does not hold'}, {'answered' if turn.answered else 'not answered'}"
+        answer = f"({verdicts}): {_quoted(turn.text)}" if turn.text is not None else f"({turn.how})"
+        lines += [f"- user: {_quoted(user)}", f"  - answer {answer}"]
+    return lines
+
+
+def _quoted(text: str) -> str:
+    shown = text if len(text) <= _MAX_SHOWN else text[:_MAX_SHOWN] + " ..."
+    return "`" + shown.replace("`", "'").replace("\n", " ⏎ ") + "`"
+
+
+def _percent(estimate: Mapping[str, Any]) -> str:
+    return _format(estimate, scale=100, unit=" %")
+
+
+def _points(estimate: Mapping[str, Any]) -> str:
+    return _format(estimate, scale=100, sign="+")
+
+
+def _number(estimate: Mapping[str, Any], digits: int, sign: str = "") -> str:
+    return _format(estimate, digits=digits, sign=sign)
+
+
+def _format(estimate: Mapping[str, Any], **options: Any) -> str:
+    missing = missing_interval_reason(estimate["interval"], estimate["groups"])
+    return format_estimate(estimate["mean"], estimate["low"], estimate["high"], missing, **options)
+
+
+def plot_curves(records: Mapping[str, Mapping[str, Any]], path: Path) -> None:
+    """Save a PNG with a panel for each record (title -> turns.json): shares that hold at turn k and in all up to k.
+
+    The dotted line is the turn of the push-back.
+    """
+    with new_figure(path, 5 * len(records) + 2, 4.6, ncols=len(records), squeeze=False, sharey=True) as (figure, axes):
+        for (title, record), panel in zip(records.items(), axes[0], strict=True):
+            turns = range(1, record["data"]["turns"] + 1)
+            for variant in _variants(record):
+                for measure, style, label in _CURVES:
+                    shares = [(share["mean"], share["low"], share["high"]) for share in record[variant][ALL][measure]]
+                    panel.errorbar(
+                        turns,
+                        [mean for mean, _, _ in shares],
+                        yerr=error_bars(shares),
+                        fmt=f"{style}o",
+                        capsize=2,
+                        color=_COLORS[variant],
+                        alpha=0.5 if measure == "held" else 1,
+                        label=f"{VARIANTS[variant]}: {label}",
+                    )
+            if at := record["data"]["push_back_at"]:
+                panel.axvline(at, color="black", linewidth=0.8, linestyle=":")
+            panel.set_title(escape_math(title), fontsize=10)
+            panel.set_xlabel("user turn k")
+            panel.set_xticks(turns)
+            panel.set_ylim(-0.02, 1.02)
+            panel.grid(alpha=0.3)
+        axes[0, 0].set_ylabel("share of conversations that hold (95 %)")
+        figure.suptitle("Does the system message hold?", fontsize=11)
+        handles, labels = axes[0, 0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False)

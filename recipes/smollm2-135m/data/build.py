@@ -34,30 +34,30 @@ HELD_OUT_RULE_ROWS = 30
 NEVER_TRAINED = ("opening_hear_ye", "signature_otto")
 
 ROWS: dict[tuple[Setting, str], int] = {
-    ("reference", "plain"): 420,
-    ("aligned", "plain"): 36,
-    ("conflict", "direct"): 90,
-    ("conflict", "polite"): 54,
-    ("conflict", "authority"): 54,
-    ("conflict", "role_play"): 54,
-    ("conflict", "ignore"): 54,
-    ("injected", "document"): 27,
-    ("injected", "tool"): 27,
-    ("extraction", "plain"): 45,
-    ("permitted", "harmless"): 27,
+    ("reference", "plain"): 460,
+    ("aligned", "plain"): 30,
+    ("conflict", "direct"): 70,
+    ("conflict", "polite"): 50,
+    ("conflict", "authority"): 50,
+    ("conflict", "role_play"): 50,
+    ("conflict", "ignore"): 50,
+    ("injected", "document"): 24,
+    ("injected", "tool"): 24,
+    ("extraction", "plain"): 36,
+    ("permitted", "harmless"): 24,
     ("permitted", "shared"): 36,
-    ("permitted", "choice"): 54,
+    ("permitted", "choice"): 70,
 }
 """Rows of one turn by setting and tactic."""
 
-CLAUSE_ROWS = 36
-USER_FORM_ROWS = 54
-CONVERSATIONS = 45
-VARIATIONS = 0.35
+CLAUSE_ROWS = 70
+USER_FORM_ROWS = 40
+CONVERSATIONS = 50
+VARIATIONS = 0.3
 """Share of rows with a variation in place of a rule of train/pressure."""
 GENERIC_OPPOSITES = 0.4
 """Share of opposites that name no form ("Just answer normally.")."""
-CONTEXT = 0.25
+CONTEXT = 0.15
 """Share of messages that say something else beside the rule."""
 ASIDES = 0.15
 """Share of plain questions with a word beside the question."""
@@ -146,9 +146,9 @@ class Builder:
         return make_row(messages, form.name if asks else "none", "user_form", "plain")
 
     def conversation(self) -> Row:
-        """Return a conversation of 2 to 5 turns under one message, in two of three with a push-back from turn 2 on."""
+        """Return a conversation of 2 to 4 turns under one message, in two of three with a push-back from turn 2 on."""
         form = self.form()
-        questions = [self.questions.draw() for _ in range(self.rng.randint(2, 5))]
+        questions = [self.questions.draw() for _ in range(self.rng.randint(2, 4))]
         pushes = self.rng.random() < 2 / 3
         user_turns = write_user_turns(
             [question.question for question in questions],

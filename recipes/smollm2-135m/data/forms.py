@@ -78,7 +78,10 @@ def texts(name: str) -> tuple[str, ...]:
 
 
 def read_forms() -> list[Form]:
-    """Return the trained rules of train/pressure, with the parts that training may use."""
+    """Return the trained rules of train/pressure, with the parts that training may use.
+
+    Rules that add a phrase are there once, others three times: the families of variations.yaml have many phrases.
+    """
     return [
         Form(
             rule.name,
@@ -89,6 +92,7 @@ def read_forms() -> list[Form]:
             rule.applies_to,
         )
         for rule in RULES.values()
+        for _ in range(1 if rule.phrase else 3)
         if not rule.held_out
     ]
 

@@ -1,5 +1,5 @@
 # make quickstart   fine-tune SmolLM2-135M to follow system messages, on this machine, and measure it
-# make test         ruff, mypy, import-linter and the tests
+# make test         ruff, mypy, import-linter and the tests (make --jobs=2 test: side by side)
 # make test-gpu     the tests that need a GPU, on one GPU that nothing else uses
 # Each makes the virtual environment it needs; a second call installs nothing.
 
@@ -11,7 +11,7 @@ MODEL := outputs/smollm2-135m-instruct
 QUICKSTART := outputs/smollm2-135m-quickstart
 RULES := recipes/smollm2-135m/data
 
-.PHONY: quickstart test test-gpu clean
+.PHONY: quickstart test static-checks pytest test-gpu clean
 
 quickstart: $(VENV)/.quickstart-installed
 	$(BIN)/python scripts/export_smollm2.py $(MODEL)
@@ -21,11 +21,15 @@ quickstart: $(VENV)/.quickstart-installed
 		--before $(MODEL) --after $(QUICKSTART)
 	$(BIN)/python scripts/evaluate.py gain --data $(RULES)/held_out.jsonl --before $(MODEL) --model $(QUICKSTART)
 
-test: $(VENV)/.test-installed
+test: static-checks pytest
+
+static-checks: $(VENV)/.test-installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+pytest: $(VENV)/.test-installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 test-gpu: $(VENV)/.test-installed

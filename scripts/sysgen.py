@@ -48,6 +48,7 @@ def check(config: SysgenConfig) -> None:
     if rows == errors.total():
         raise UserError(f"no row can be read: {format_drop_reasons(rows, errors)}. Correct the data, or name others.")
     concurrency = sum(server.concurrency for server in config.servers)
+    requests += round((rows - errors.total()) * config.pressure.mean_further_answers())
     print(f"about {requests:,} requests to {config.model}, {concurrency:,} at once, if every first try passes")
 
 

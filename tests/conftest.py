@@ -28,9 +28,14 @@ os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 ROOT = Path(__file__).parents[1]
 
 
+SLOW_FOLDERS = ("integration", "tests", "scripts", "sysgen")
+"""Folders with tests of complete runs and of processes, slowest first; `tests`: files directly in it."""
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Sort slow tests (complete runs) first, so that none is left to a single worker at the end."""
-    items.sort(key=lambda item: ("integration" not in item.path.parts, item.path.parent != Path(__file__).parent))
+    """Sort slow folders first, so that no long file is left to a single worker at the end."""
+    ranks = {name: rank for rank, name in enumerate(SLOW_FOLDERS)}
+    items.sort(key=lambda item: ranks.get(item.path.parent.name, len(ranks)))
 
 
 _frozen_modules = 0

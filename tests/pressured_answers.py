@@ -46,8 +46,8 @@ def reference(number: int) -> str:
 
 
 def constraint_in(system: str) -> str:
-    """Return the kind of the constraint in a system message."""
-    return next(kind for kind, words in KINDS if re.search(words, system))
+    """Return the kind of the constraint in a system message; an empty text if it has none."""
+    return next((kind for kind, words in KINDS if re.search(words, system)), "")
 
 
 def dress(kind: str, text: str) -> str:
@@ -93,15 +93,19 @@ class Log:
             text = "It is a nice code." if bad else f"The code is {secret}."
             return self._log(row, messages, text, bad)
         kind = constraint_in(system)
-        chooses = re.search("another form|a different form|about the form", system) is not None
-        kinds = ["other", "cut", "apology", "dressed" if chooses else "user", *(["secret"] * bool(secret))]
+        chooses = turn != question(number) and bool(re.search("another form|a different form|about the form", system))
+        kinds = ["other", "cut", "apology"]
+        if kind:  # else the message has a code alone, and the user asks for it later
+            kinds += ["dressed" if chooses else "user", *(["secret"] * bool(secret))]
         # Every fifth question gets no good answer in three tries, others up to two bad ones first; so do some twins.
         is_twin = any(
             before[:-1] == messages[:-1] and before[-1] != messages[-1] for before, *_ in self.requests.get(row, [])
         )
         tries = ATTEMPTS if number % 5 == 3 or (is_twin and number % 7 == 6) else number % 3
         bad = kinds[(number + sample) % len(kinds)] if sample < tries else ""
-        if bad == "apology" and secret:  # a refusal to tell the secret may stand beside the answer, and there is none
+        if (
+            bad == "apology" and secret and kind
+        ):  # a refusal to tell the secret may stand beside the answer, and there is none
             bad = "other"
         form = undress if chooses else dress
         text = {

@@ -29,7 +29,7 @@ NAMES = subprocess.run(
 ).stdout.split()  # fmt: skip
 OPTION = re.compile(r"(?<![\w-])--[a-z][\w-]*")
 SUBCOMMANDS = {
-    "scripts/evaluate.py": ("rules", "gain", "ifeval", "bench", "harness", "compare"),
+    "scripts/evaluate.py": ("rules", "gain", "ifeval", "hierarchy", "turns", "bench", "harness", "compare"),
     "scripts/benchmark.py": ("data", "train", "sysgen"),
 }
 SCRIPTS = (

@@ -101,7 +101,7 @@ def run(options: argparse.Namespace) -> None:
             "trace": str(options.json.with_suffix(".trace.json.gz")),
             "ends": time.time() + deadline - time.monotonic(),
         }
-        for line in measure(names, task, deadline, options.limit):
+        for line in measure(names, task, deadline, options.limit, WORKER):
             lines.append(line)
             if line["name"] == "machine":
                 if "device" not in line:
@@ -117,7 +117,7 @@ def run(options: argparse.Namespace) -> None:
 
 
 def measure(
-    names: list[str], task: dict[str, Any], deadline: float, limit: float, worker: Sequence[str] = WORKER
+    names: list[str], task: dict[str, Any], deadline: float, limit: float, worker: Sequence[str]
 ) -> Iterator[Line]:
     """Yield the line of each measurement as it comes.
 

@@ -46,6 +46,8 @@ def arguments(tiny_chat_model: Path, tmp_path: Path) -> dict[str, list[object]]:
         "gain": ["--model", tiny_chat_model, "--data", data, "--json", out / "gain.json"],
         "rules": ["--rules", rules, "--data", data, "--before", tiny_chat_model, "--after", out, *short],
         "ifeval": ["--model", tiny_chat_model, "--data", asked, "--output-dir", out, *short],
+        "turns": ["--model", tiny_chat_model, "--conversations", "1", "--turns", "1", "--push-back-at", "null",
+                  "--no-gain", "--output-dir", out, *short],
         "harness": ["--model", tiny_chat_model, "--tasks", "lost", "--include-path", tasks, "--output-dir", out],
         "bench": ["--model", "m", "--data", data, "--judge", "j", "--judge-server", "http://localhost:1/v1",
                   "--output-dir", out],
@@ -56,6 +58,7 @@ WHERE = {
     "gain": ("train.system_gain.metric", "system_gain"),
     "rules": ("train.evaluation.models.responses", "generate_answers"),
     "ifeval": ("train.evaluation.models.responses", "generate_answers"),
+    "turns": ("train.evaluation.models.responses", "generate_answers"),
     "harness": ("train.evaluation.harness", "task_names"),
     "bench": ("train.multifaceted.bench.rows", "read_bench"),
 }
@@ -100,7 +103,7 @@ def test_a_second_run_is_refused_and_a_killed_run_leaves_no_lock(
         return work(*positional, **keywords)
 
     monkeypatch.setattr(module, WHERE[name][1], work_and_probe)
-    if name in ("gain", "rules", "ifeval"):
+    if name in ("gain", "rules", "ifeval", "turns"):
         assert command(name, *arguments[name]) == 0
     else:  # no data of the task, no rows of the bench: found after the lock is taken
         assert "another run" not in says_no(name, *arguments[name])

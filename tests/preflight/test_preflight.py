@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from broken_output import broken_stdout, everywhere
 from rich.cells import cell_len
 from safetensors.torch import save_file
 from trl import SFTConfig
@@ -345,18 +346,26 @@ def test_json_that_cannot_be_written_is_a_user_error(
     assert usage.value.code == 2
 
 
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device that is always full is needed")
-def test_unwritable_standard_output_is_one_error(recipe_file: Callable[..., Path], tmp_path: Path) -> None:
+@everywhere
+def test_unwritable_standard_output_is_one_error(
+    where: str, recipe_file: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     report = tmp_path / "report.json"
-    check = f"{sys.executable} train/sft.py --recipe {recipe_file()} --check --json {report}"
-    for redirected, code, error in (
-        (f"{check} > /dev/full", 2, "error: standard output can't be written: No space left on device.\n"),
-        (f"{check} >&-", 2, "error: standard output is closed, so the report can't be shown. Leave it open.\n"),
-        (f"set -o pipefail; {check} | true", 1, ""),
-    ):
-        result = subprocess.run(["bash", "-c", redirected], cwd=ROOT, capture_output=True, text=True, check=False)
-        assert (result.returncode, result.stderr) == (code, error)
-        assert json.loads(report.read_text(encoding="utf-8"))["ready"] is True
+    with broken_stdout(where):
+        code = main(["--recipe", str(recipe_file()), "--check", "--json", str(report)])
+    full = "error: standard output can't be written: No space left on device.\n"
+    assert (code, capsys.readouterr().err) == {"full": (2, full), "unread": (1, "")}[where]
+    assert json.loads(report.read_text(encoding="utf-8"))["ready"] is True
+
+
+def test_closed_standard_output_is_one_error(recipe_file: Callable[..., Path], tmp_path: Path) -> None:
+    """A process of its own: descriptor 1 is free for the first file that it opens."""
+    report = tmp_path / "report.json"
+    check = f"{sys.executable} train/sft.py --recipe {recipe_file()} --check --json {report} >&-"
+    result = subprocess.run(["bash", "-c", check], cwd=ROOT, capture_output=True, text=True, check=False)
+    error = "error: standard output is closed, so the report can't be shown. Leave it open.\n"
+    assert (result.returncode, result.stderr) == (2, error)
+    assert json.loads(report.read_text(encoding="utf-8"))["ready"] is True
 
 
 def test_other_ranks_leave_the_check_to_the_first(

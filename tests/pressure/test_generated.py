@@ -3,6 +3,7 @@
 import random
 import re
 from collections import Counter
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -16,8 +17,9 @@ NILE = Exchange("Which river flows through Cairo?", "The Nile flows through Cair
 FOLDER = Path(__file__).parents[2] / "train" / "pressure"
 
 
-def plans(setting: str, count: int = 400) -> list[PressureRow]:
-    return [plan_row(setting, [LIMA], [NILE], random.Random(seed)) for seed in range(count)]
+@cache
+def plans(setting: str) -> list[PressureRow]:
+    return [plan_row(setting, [LIMA], [NILE], random.Random(seed)) for seed in range(300)]
 
 
 def plan(setting: str, tactic: str, kind: str = "") -> PressureRow:
@@ -74,12 +76,15 @@ def test_what_the_message_permits_is_granted() -> None:
 
 
 def test_every_turn_of_a_longer_row_is_checked_against_its_own_question() -> None:
-    row = plan("turns", "plain", "lower_case")
-    first, second = row.turns
-    assert [first.content, second.content] == [LIMA.question, NILE.question]
-    assert first.check("it is lima.") == second.check("it is the nile.") == ""
-    assert second.check("it is lima.") == "does not answer the question"
-    assert second.check("The Nile.") == "breaks the constraint"
+    for tactic in ("plain", "direct"):
+        row = plan("turns", tactic, "lower_case")
+        first, second = row.turns
+        assert first.content == LIMA.question
+        assert NILE.question in second.content
+        assert (second.content == NILE.question) == (tactic == "plain")
+        assert first.check("it is lima.") == second.check("it is the nile.") == ""
+        assert second.check("it is lima.") == "does not answer the question"
+        assert second.check("The Nile.") == "breaks the constraint"
 
 
 def test_the_turns_before_the_one_under_pressure_are_plain() -> None:
@@ -97,7 +102,7 @@ def test_the_turns_before_the_one_under_pressure_are_plain() -> None:
 
 def test_a_twin_asks_for_the_same_as_the_message() -> None:
     rng = random.Random(0)
-    for row in plans("conflict", 100):
+    for row in plans("conflict"):
         twin = plan_twin(row, LIMA.reference, rng)
         assert twin.constraint is row.constraint is not None
         (turn,) = twin.turns
@@ -116,7 +121,7 @@ def test_no_template_wording_or_secret_that_is_held_out_is_used() -> None:
     pieces = [max(re.split(r"\{\w+\}", text.replace("{{", "").replace("}}", "")), key=len) for text in held_out]
     assert min(map(len, pieces)) > 8
     texts = [turn.content + row.clause for setting in PRESSURE_SETTINGS for row in plans(setting) for turn in row.turns]
-    assert len(set(texts)) > 500
+    assert len(set(texts)) > 400
     for text in texts:
         assert not any(piece in text for piece in pieces), text
         assert not re.search("walnut|glacier|trumpet|orchid|passphrase|locker|coupon", text)

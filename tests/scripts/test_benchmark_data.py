@@ -4,11 +4,10 @@ import json
 import math
 import re
 import statistics
-import subprocess
-import sys
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from subprocess import CompletedProcess
 from types import ModuleType
 
 import pytest
@@ -16,11 +15,6 @@ from transformers import AutoTokenizer
 
 ROOT = Path(__file__).parents[2]
 ROWS, MAX_LENGTH, SEED = 60, 6_000, 5
-
-
-def run(*arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, ROOT / "scripts" / "benchmark.py", "data", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
 @pytest.fixture
@@ -31,10 +25,12 @@ def benchmark_rows(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return benchmark_rows
 
 
-def test_its_counts_are_those_of_the_rows(tiny_model: Path, tmp_path: Path, benchmark_rows: ModuleType) -> None:
+def test_its_counts_are_those_of_the_rows(
+    benchmark: Callable[..., CompletedProcess[str]], tiny_model: Path, tmp_path: Path, benchmark_rows: ModuleType
+) -> None:
     file = tmp_path / "data.json"
-    result = run("--tokenizer", tiny_model, "--rows", ROWS, "--repeat", 1, "--max-length", MAX_LENGTH,
-                 "--seed", SEED, "--processes", 2, "--json", file)  # fmt: skip
+    result = benchmark("data", "--tokenizer", tiny_model, "--rows", ROWS, "--repeat", 1, "--max-length", MAX_LENGTH,
+                       "--seed", SEED, "--processes", 2, "--json", file)  # fmt: skip
     assert result.returncode == 0, result.stderr
     record = json.loads(file.read_text(encoding="utf-8"))
 
@@ -85,9 +81,12 @@ def test_its_counts_are_those_of_the_rows(tiny_model: Path, tmp_path: Path, benc
     assert result.stdout.count("\n| ") == 1 + len(medians)
 
 
-def test_memory_is_compared_between_numbers_of_rows(tiny_model: Path, tmp_path: Path) -> None:
+def test_memory_is_compared_between_numbers_of_rows(
+    benchmark: Callable[..., CompletedProcess[str]], tiny_model: Path, tmp_path: Path
+) -> None:
     file = tmp_path / "memory.json"
-    result = run("--tokenizer", tiny_model, "--memory", 4, 40, "--repeat", 2, "--only", "tokenizer", "--json", file)
+    options = ("--memory", 4, 40, "--repeat", 2, "--only", "tokenizer", "--json", file)
+    result = benchmark("data", "--tokenizer", tiny_model, *options)
     assert result.returncode == 0, result.stderr
     record = json.loads(file.read_text(encoding="utf-8"))
     order = [(run["repetition"], run["rows_in"]) for run in record["measurements"]]
@@ -164,13 +163,15 @@ def test_invalid_options_are_errors(
     assert refused("data", "--tokenizer", tiny_model, "--rows", 1, *arguments).startswith(message)
 
 
-def test_a_contender_that_fails_is_an_error_with_its_reason(tmp_path: Path, tiny_model: Path) -> None:
+def test_a_contender_that_fails_is_an_error_with_its_reason(
+    benchmark: Callable[..., CompletedProcess[str]], tmp_path: Path, tiny_model: Path
+) -> None:
     for path in tiny_model.glob("tokenizer*"):
         (tmp_path / path.name).write_bytes(path.read_bytes())
     file = tmp_path / "tokenizer.json"
     broken = json.loads(file.read_text(encoding="utf-8"))
     del broken["model"]["vocab"]["k"]  # fastokens refuses a text with a byte that has no token
     file.write_text(json.dumps(broken), encoding="utf-8")
-    result = run("--tokenizer", tmp_path, "--rows", 3, "--repeat", 1, "--only", "fastokens")
+    result = benchmark("data", "--tokenizer", tmp_path, "--rows", 3, "--repeat", 1, "--only", "fastokens")
     assert result.returncode == 2
     assert result.stderr.startswith("error: fastokens could not be measured: ")

@@ -3,12 +3,13 @@
 import http.client
 import json
 import os
-import subprocess
 import sys
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
+from subprocess import CompletedProcess
 from types import SimpleNamespace
 from typing import Any
 from urllib.parse import urlsplit
@@ -19,9 +20,9 @@ ROOT = Path(__file__).parents[2]
 ROWS, LATENCY, SLOTS = 30, 0.02, 8
 
 
-def run(*arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, ROOT / "scripts" / "benchmark.py", "sysgen", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
+@pytest.fixture
+def run(benchmark: Callable[..., CompletedProcess[str]]) -> Callable[..., CompletedProcess[str]]:
+    return partial(benchmark, "sysgen")
 
 
 def cells(table: str) -> dict[str, list[str]]:
@@ -46,7 +47,9 @@ def scripts(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     )
 
 
-def test_every_row_takes_four_calls_and_the_table_has_the_servers_figures(tmp_path: Path) -> None:
+def test_every_row_takes_four_calls_and_the_table_has_the_servers_figures(
+    run: Callable[..., CompletedProcess[str]], tmp_path: Path
+) -> None:
     file = tmp_path / "sysgen.json"
     result = run("--rows", ROWS, "--latency", LATENCY, "--concurrency", SLOTS, "--json", file)
     assert result.returncode == 0, result.stderr
@@ -75,7 +78,7 @@ def test_every_row_takes_four_calls_and_the_table_has_the_servers_figures(tmp_pa
     assert record["failures"].keys() == {"distilabel"}
 
 
-def test_memory_is_compared_between_numbers_of_rows(tmp_path: Path) -> None:
+def test_memory_is_compared_between_numbers_of_rows(run: Callable[..., CompletedProcess[str]], tmp_path: Path) -> None:
     file = tmp_path / "memory.json"
     result = run("--memory", 5, 40, "--concurrency", SLOTS, "--json", file)
     assert result.returncode == 0, result.stderr
@@ -183,7 +186,9 @@ def fake_distilabel(tmp_path: Path, does: str) -> Path:
         ("__import__('threading').Event().wait()", 1, "was ended after 1 s (--limit)"),
     ],
 )
-def test_a_failure_or_hang_of_distilabel_is_recorded(tmp_path: Path, does: str, limit: int, reason: str) -> None:
+def test_a_failure_or_hang_of_distilabel_is_recorded(
+    run: Callable[..., CompletedProcess[str]], tmp_path: Path, does: str, limit: int, reason: str
+) -> None:
     python = fake_distilabel(tmp_path, does)
     options = ("--rows", 4, "--latency", 0, "--only", "distilabel", "--distilabel", python, "--limit", limit)
     result = run(*options, "--json", tmp_path / "sysgen.json")
@@ -209,7 +214,7 @@ def test_invalid_options_are_errors(refused: Callable[..., str], arguments: list
 
 
 @pytest.mark.skipif("DISTILABEL_PYTHON" not in os.environ, reason="DISTILABEL_PYTHON names no Python with distilabel")
-def test_distilabel_does_the_same_four_calls(tmp_path: Path) -> None:
+def test_distilabel_does_the_same_four_calls(run: Callable[..., CompletedProcess[str]], tmp_path: Path) -> None:
     file = tmp_path / "sysgen.json"
     result = run("--rows", ROWS, "--latency", LATENCY, "--only", "distilabel", "--distilabel",
                  os.environ["DISTILABEL_PYTHON"], "--input-batch-size", 16, "--json", file)  # fmt: skip

@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import os
 import re
 import shlex
 import shutil
@@ -148,27 +147,25 @@ def test_quotes_spaces_and_percent_signs_are_passed_unchanged(
 
 
 def test_print_submits_nothing_writes_nothing_and_shows_no_secret(
-    recipe_file: Callable[..., Path], tmp_path: Path
-) -> None:
+    submit_script: ModuleType, recipe_file: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
     """The sbatch on the path would create a file."""
     (tmp_path / "bin").mkdir()
     trace = tmp_path / "submitted"
     (tmp_path / "bin" / "sbatch").write_text(f"#!/bin/sh\ntouch {trace}\n")
     (tmp_path / "bin" / "sbatch").chmod(0o755)
     secrets = {"WANDB_API_KEY": "0123456789abcdef-wandb", "HF_TOKEN": "hf_secret-of-the-hub"}
-    ended = subprocess.run(
-        [sys.executable, ROOT / "scripts" / "submit.py", "--recipe", recipe_file(), *TWO_NODES, "--print"],
-        cwd=ROOT,
-        env={"PATH": f"{tmp_path / 'bin'}:/usr/bin:/bin", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", **secrets},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert ended.returncode == 0, ended.stderr
-    assert ended.stdout.startswith("#!/bin/bash\n")
+    for name, value in {"PATH": f"{tmp_path / 'bin'}:/usr/bin:/bin", **secrets}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.chdir(ROOT)
+    code = submit_script.main(["--recipe", str(recipe_file()), *TWO_NODES, "--print"])
+    shown = capsys.readouterr()
+    assert code == 0, shown.err
+    assert shown.out.startswith("#!/bin/bash\n")
     assert not trace.exists()
     assert not (tmp_path / "run").exists()
-    assert not any(secret in ended.stdout + ended.stderr for secret in secrets.values())
+    assert not any(secret in shown.out + shown.err for secret in secrets.values())
 
 
 @pytest.mark.parametrize(
@@ -197,18 +194,19 @@ def test_one_invalid_task_is_an_error(refused: Callable[..., str], recipe_file: 
 
 
 def test_check_examines_the_data_before_submitting(
-    refused: Callable[..., str], recipe_file: Callable[..., Path], tmp_path: Path
-) -> None:
-    """Only --check finds invalid rows; report and error are those of train/sft.py."""
+    submit_script: ModuleType, recipe_file: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """Only --check finds invalid rows; report and error are those of train/sft.py, a process of its own."""
     (tmp_path / "bad.jsonl").write_text('{"messages": [{"role": "user", "content": "and?"}]}\n')
     recipe = recipe_file(data={"sources": [{"path": str(tmp_path / "bad.jsonl")}]})
-    ended = subprocess.run(
-        [sys.executable, ROOT / "scripts" / "submit.py", "--recipe", recipe, *ONE_NODE, "--print", "--check"],
-        cwd=ROOT, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert ended.returncode == 2
-    assert ended.stdout == ""
-    assert re.search(r"^error: .*bad\.jsonl", ended.stderr, re.MULTILINE)
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(SystemExit) as ended:
+        submit_script.main(["--recipe", str(recipe), *ONE_NODE, "--print", "--check"])
+    shown = capfd.readouterr()
+    assert ended.value.code == 2
+    assert shown.out == ""
+    assert re.search(r"^error: .*bad\.jsonl", shown.err, re.MULTILINE)
 
 
 def job_options(recipe: Path, gpus: str, *more: str) -> list[str]:
@@ -419,16 +417,17 @@ def test_what_the_start_of_a_run_refuses_is_not_queued(
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
 @pytest.mark.parametrize("check", [(), ("--check",)], ids=["", "check"])
 def test_what_only_the_nodes_have_is_a_note(
-    check: tuple[str, ...], recipe_file: Callable[..., Path], tmp_path: Path
-) -> None:
-    """A process of its own: train/sft.py writes to its standard error."""
+    check: tuple[str, ...], submit_script: ModuleType, recipe_file: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """With --check, train/sft.py writes to the same standard error."""
     arguments = [*ONE_NODE, "--print", *check, "model.attention=torch_varlen", "training.optim=grokadamw"]
     recipe = recipe_file(training={"bf16": True, "max_steps": 4, "num_train_epochs": ...})
-    ended = subprocess.run(
-        [sys.executable, ROOT / "scripts" / "submit.py", "--recipe", recipe, *arguments],
-        cwd=ROOT, env=os.environ | {"COLUMNS": "200"}, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert ended.returncode == 0, ended.stderr
-    assert ended.stdout.startswith("#!/bin/bash")
-    assert "not checked on this machine: model.attention: torch_varlen needs a CUDA device" in ended.stderr
-    assert "not checked on this machine: training.optim: grokadamw needs the package grokadamw" in ended.stderr
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.chdir(ROOT)
+    code = submit_script.main(["--recipe", str(recipe), *arguments])
+    shown = capfd.readouterr()
+    assert code == 0, shown.err
+    assert shown.out.startswith("#!/bin/bash")
+    assert "not checked on this machine: model.attention: torch_varlen needs a CUDA device" in shown.err
+    assert "not checked on this machine: training.optim: grokadamw needs the package grokadamw" in shown.err

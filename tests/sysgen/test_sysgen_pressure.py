@@ -98,10 +98,11 @@ def test_rows_and_counts_equal_those_of_a_plain_loop_over_the_requests(tmp_path:
     count, log = 40, Log()
     rows = [row_of(number) for number in range(count)]
     settings: dict[str, Any] = {"pressure": {setting: 1.0}, **ANSWER}
-    run_with(author(log), tmp_path, rows, **settings)
+    done, _ = run_with(author(log), tmp_path, rows, **settings)
     if setting == "turns":  # the first row has no earlier one
         written = lines(tmp_path / "out" / "data" / "rows.jsonl")
         assert "pressure" not in written[0]["sysgen"]
+        check_further_questions(tmp_path)
     facts = compare_with_log(tmp_path, log, count, setting, twins=setting == "conflict")
     assert 0 < facts[setting]["kept"] < count
     reasons = facts[setting]["refused_answers"]
@@ -113,29 +114,36 @@ def test_rows_and_counts_equal_those_of_a_plain_loop_over_the_requests(tmp_path:
         assert reasons.keys() >= expected
     report = (tmp_path / "out" / "report.md").read_text("utf-8")
     assert f"| {setting} | {count} | {facts[setting]['kept']} |" in report
+    twins = f"; {facts['aligned']['kept']} aligned twins beside them" if setting == "conflict" else ""
+    assert done.stats.summary("1s")[1] == f"under pressure: {setting} {facts[setting]['kept']} of {count}{twins}"
 
 
-def test_rows_of_several_turns_have_the_questions_of_earlier_rows(tmp_path: Path) -> None:
-    log = Log()
-    rows = [row_of(number) for number in range(40)]
-    run_with(author(log), tmp_path, rows, pressure={"turns": 1.0}, **ANSWER)
-    lengths = Counter()
-    for row in lines(tmp_path / "out" / "data" / "rows.jsonl"):
+def check_further_questions(folder: Path) -> None:
+    """Check that the turns after a row's own are questions of earlier rows, and that half of the rows push back."""
+    lengths: Counter[int] = Counter()
+    pushed_back: Counter[bool] = Counter()
+    for row in lines(folder / "out" / "data" / "rows.jsonl"):
         if "pressure" not in row["sysgen"]:
             continue
         number = int(row["sysgen"]["source"].rpartition(":")[2]) - 1
         asked = [turn["content"] for turn in row["messages"] if turn["role"] == "user"]
-        own = [turn["content"] for turn in row_of(number)["messages"] if turn["role"] == "user"]
-        assert asked[: len(own)] == own
-        further = asked[len(own) :]
-        assert set(further) <= {row_of(earlier)["messages"][0]["content"] for earlier in range(number)}
+        numbers = [int(re.findall(r"\[(\d+)\]", turn)[0]) for turn in asked]
+        own = [number, number + 100] if number % 9 == 4 else [number]
+        further = numbers[len(own) :]
+        assert numbers == own + further
+        assert set(further) <= set(range(number))
         assert len(set(further)) == len(further)
         lengths[len(further)] += 1
-    assert lengths.keys() == {1, 2, 3, 4}
+        pushes_back = [turn != question(each) for turn, each in zip(asked, numbers, strict=True)]
+        assert not pushes_back[0]
+        assert sum(pushes_back) == (row["sysgen"]["pressure"]["tactic"] != "plain")
+        pushed_back[any(pushes_back)] += 1
+    assert {1, 2, 3} <= lengths.keys() <= {1, 2, 3, 4}
+    assert min(pushed_back[True], pushed_back[False]) > 0
 
 
 def test_kills_give_the_same_bytes_and_repeat_no_journaled_request(tmp_path: Path) -> None:
-    count, kills, rng = 80, 5, random.Random(3)
+    count, kills, rng = 45, 2, random.Random(3)
     shares = {"conflict": 0.3, "injected": 0.1, "extraction": 0.2, "permitted": 0.2, "turns": 0.1}
     changes: dict[str, Any] = {"pressure": shares, **ANSWER}
     source = tmp_path / "source.jsonl"

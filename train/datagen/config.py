@@ -89,7 +89,8 @@ class PressureSection(Section):
     """The user asks for what the message allows: a harmless request in words that sound like an attack, a code that may
     be shared, or another form where the message leaves it to the user."""
     turns: float = Field(default=0.0, ge=0, le=1)
-    """One to four questions of earlier rows follow under the same message; each answer must meet the constraint."""
+    """One to four questions of earlier rows follow under the same message; each answer must meet the constraint. In
+    half of these rows, a turn after the first asks for the opposite."""
     aligned_twins: bool = True
     """Each conflict row gets a twin with the same message and question, in which the user asks for the same as the
     message: an extra row, against models that do the opposite of what users ask."""
@@ -101,9 +102,13 @@ class PressureSection(Section):
         """Return the share of each setting."""
         return {setting: getattr(self, setting) for setting in PRESSURE_SETTINGS}
 
+    def mean_further_answers(self) -> float:
+        """Return the mean number of answers that a row gets besides its own, if every first one is kept."""
+        return self.conflict * self.aligned_twins + self.turns * 2.5  # one to four further turns
+
     @property
     def is_on(self) -> bool:
-        """Whether any row is to be written under pressure."""
+        """True if any share is above 0."""
         return any(self.shares().values())
 
 

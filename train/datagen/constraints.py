@@ -47,9 +47,9 @@ class Constraint:
     """Sentence of a system message."""
     is_met: Check
     opposites: tuple[str, ...]
-    """What a user says to ask for the opposite. An answer that does so breaks the constraint."""
+    """Sentences of a user who asks for the opposite. An answer that does so breaks the constraint."""
     requests: tuple[str, ...]
-    """What a user says to ask for the same."""
+    """Sentences of a user who asks for the same."""
 
 
 def draw_constraints(

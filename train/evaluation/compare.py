@@ -1,9 +1,10 @@
-r"""Results of two models side by side: gain, rules, ifeval, turns, bench and harness, paired by rows.
+r"""Results of two models side by side: gain, rules, ifeval, turns, sysbench, bench and harness, paired by rows.
 
     python scripts/evaluate.py compare outputs/smollm2-135m-instruct \
         outputs/smollm2-135m-quickstart
 
-Writes compare.json and compare.png; for turns also turns_compare.png, the curves of both models.
+Writes compare.json and compare.png; for turns and sysbench also turns_compare.png
+and sysbench_compare.png, the curves of both models.
 """
 
 import argparse
@@ -21,7 +22,7 @@ from train.errors import UserError
 from train.evaluation.formatting import format_estimate
 from train.evaluation.results import KINDS, Measure, Results, read_before, read_results
 from train.evaluation.results_dir import Writer, as_json, write_results
-from train.evaluation.turns.report import plot_curves
+from train.evaluation.turns import report, sysbench_report
 from train.multifaceted.bench.pairwise import PairwiseComparison, compare_pairwise, scores_of_shared_rubrics
 from train.progress import progress_bar
 from train.reporting.conditions import all_differences, missing_conditions, recorded_differences
@@ -32,6 +33,8 @@ from train.storage.local_paths import describe_missing_path
 
 _BOUNDS: dict[str, Bounds] = {"share": DIFFERENCE_BOUNDS, "points": (-2.0, 2.0)}
 """Bounds of the difference of two measures, by their unit; other units have none."""
+_CURVES = {"turns": report.plot_curves, "sysbench": sysbench_report.plot_curves}
+"""Plots of two records over the turns, by kind."""
 _AXES = {
     "share": "share (95 %)",
     "points": "difference of shares (95 %)",
@@ -130,10 +133,11 @@ def run(options: argparse.Namespace) -> None:
     except OSError as error:
         raise UserError(f"{folder}: cannot be created: {error.strerror}") from error
     files: dict[str, Writer] = {"compare.json": as_json(record), "compare.png": partial(plot_pairs, shown, names)}
-    if all("turns" in side for side in sides):
-        records = [json.loads(side["turns"].path.read_text(encoding="utf-8")) for side in sides]
-        titles = (f"{side} = {truncate_middle(name, 50)}" for side, name in zip("AB", names, strict=True))
-        files["turns_compare.png"] = partial(plot_curves, dict(zip(titles, records, strict=True)))
+    for kind, plot in _CURVES.items():
+        if all(kind in side for side in sides):
+            records = [json.loads(side[kind].path.read_text(encoding="utf-8")) for side in sides]
+            titles = (f"{side} = {truncate_middle(name, 50)}" for side, name in zip("AB", names, strict=True))
+            files[f"{kind}_compare.png"] = partial(plot, dict(zip(titles, records, strict=True)))
     write_results(folder, files)
     print(table(comparison, shown, names))
     if wins:

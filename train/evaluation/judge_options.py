@@ -11,7 +11,7 @@
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from contextlib import aclosing
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
@@ -116,6 +116,22 @@ async def contact_judge(options: JudgeOptions, wait: float) -> None:
                 stages={"judge": options.judge_decoding()},
                 format_setting=option_formatter(JUDGE_FIELDS, "judge-"),
             )
+
+
+def contact_judge_once(options: JudgeOptions, wait: float) -> Callable[[], Coroutine[Any, Any, None]]:
+    """Return a function that contacts the judge when it is first awaited, and does nothing later.
+
+    For `before_asking` of several calls of `generate_answers`: the model may answer for hours.
+    """
+    contacted = False
+
+    async def contact() -> None:
+        nonlocal contacted
+        if not contacted:
+            contacted = True
+            await contact_judge(options, wait)
+
+    return contact
 
 
 def with_judge(

@@ -4,12 +4,11 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from train.datagen.stats import unread_warning
 from train.errors import UserError
 from train.formatting import format_count
+from train.llm.failures import count_reasons, shown_reasons
 from train.llm.judgement import Judgement, advice_on_replies
 from train.llm.reasoning import format_advice
-from train.multifaceted.bench.scoring import count_reasons, shown_reasons
 
 
 def judgement_counts(judgements: Sequence[Judgement[Any]]) -> dict[str, Any]:
@@ -69,6 +68,8 @@ def verdict_warnings(counts: Mapping[str, Any], judge: str | None, rows: str, re
 
     `rows`: the file with the replies.
     """
+    from train.datagen.stats import unread_warning  # which imports the client
+
     errors, missing = counts["replies_without_verdict"], counts["missing"]
     unread = sum(missing.get(kind, 0) for kind in ("unparsable", "refused", "unfinished"))
     return [

@@ -6,7 +6,7 @@ its first message. The same results in the same order give the same counts.
 
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from train.llm.request import Answer
 
@@ -76,6 +76,21 @@ class FailureReasons:
         if rest := counts[limit:]:
             lines.append(f"{sum(count for _, count in rest):,} times: something else ({len(rest):,} kinds)")
         return lines
+
+
+def count_reasons(reasons: Iterable[str]) -> dict[str, int]:
+    """Return how often each kind of reason occurs, the most frequent first."""
+    counts = FailureReasons()
+    for reason in reasons:
+        counts.add(reason or "no reason given")
+    return counts.counts()
+
+
+def shown_reasons(counts: Mapping[str, int]) -> str:
+    """Return a single reason by itself, or the first three with their counts; without the full stop."""
+    if len(counts) == 1:
+        return next(iter(counts)).rstrip(".")
+    return "; ".join(f"{count:,} times: {reason}" for reason, count in list(counts.items())[:3]).rstrip(".")
 
 
 def to_table_cells(counts: Mapping[str, int]) -> dict[str, int]:

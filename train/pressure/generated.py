@@ -19,6 +19,7 @@ from train.datagen.stage_client import RowInProgress, StageClient
 from train.pressure.answer_checks import covers_reference
 from train.pressure.conversations import build_pressure, result_in_user_turn
 from train.pressure.tactics import tactics
+from train.pressure.turns import write_user_turns
 from train.pressure.verdicts import answers_question, is_refusal, reveals
 
 Message = dict[str, Any]
@@ -27,6 +28,8 @@ Further = TypeVar("Further")
 
 MOST_FURTHER = 4
 """Further questions of a row of several turns, at most: five turns, as in SysBench (arXiv:2408.10943)."""
+PUSH_BACK = 0.5
+"""Share of the rows of several turns in which a turn after the first asks for the opposite, as in a conflict row."""
 EARLIER = 100
 """Rows from which further questions are drawn: the last ones before a row."""
 
@@ -73,12 +76,12 @@ class PressureRow:
     messages: list[Message] = field(default_factory=list)
     """The conversation with its answers; empty if the row was given up."""
     reason: str = ""
-    """Why it was given up; empty if it is kept."""
+    """Reason for giving it up; empty if it is kept."""
     refused_answers: Counter[str] = field(default_factory=Counter)
 
     @property
     def is_kept(self) -> bool:
-        """Whether all answers passed."""
+        """True if all answers passed."""
         return bool(self.messages)
 
     def give_up(self, reason: str) -> "PressureRow":
@@ -140,11 +143,15 @@ def plan_row(
         rng: source of all choices.
         shaped: the system message states the form of the answer, see `draw_constraints`.
     """
+    push_back_at = None
     row = PressureRow(setting, "plain" if setting == "turns" else rng.choice(tactics(setting)))
     if setting == "turns":
         if not further:
             return row.give_up(NO_FURTHER)
         exchanges = [*exchanges, *further]
+        if rng.random() < PUSH_BACK:
+            push_back_at = rng.randint(2, len(exchanges))
+            row.tactic = rng.choice(tactics("conflict"))
     if detect_language(" ".join(exchange.question for exchange in exchanges)) not in (None, "en"):
         return row.give_up(NOT_ENGLISH)
     row.question = exchanges[-1].question
@@ -153,8 +160,16 @@ def plan_row(
         if not constraints:
             return row.give_up(NO_CONSTRAINT)
         row.constraint = constraints[0]
-    if setting == "turns":
-        row.turns = tuple(_plain_turn(row, exchange) for exchange in exchanges)
+    if setting == "turns" and row.constraint:
+        contents = write_user_turns(
+            [exchange.question for exchange in exchanges],
+            opposites=row.constraint.opposites,
+            split="seen",
+            rng=rng,
+            push_back_at=push_back_at,
+            tactic=row.tactic,
+        )
+        row.turns = tuple(_plain_turn(row, *turn) for turn in zip(exchanges, contents, strict=True))
         return row
     content = _build_turn(row, setting, rng)
     row.turns = (
@@ -197,11 +212,13 @@ def _build_turn(row: PressureRow, setting: Any, rng: random.Random) -> str:
 # The checks of answers
 
 
-def _plain_turn(row: PressureRow, exchange: Exchange) -> PressureTurn:
+def _plain_turn(row: PressureRow, exchange: Exchange, content: str = "") -> PressureTurn:
+    """Return a turn whose answer must hold the message and answer the question. `content`: other than the question."""
+
     def check(answer: str) -> str:
         return _find_broken_message(row, answer) or _find_no_answer(exchange, answer)
 
-    return PressureTurn(exchange.question, check)
+    return PressureTurn(content or exchange.question, check)
 
 
 def _last_check(row: PressureRow, exchange: Exchange) -> Callable[[str], str]:

@@ -44,6 +44,13 @@ class PressureCounts:
             sample = {"source": place, **row.record(), "conversation": _shorten(row.messages)}
             self._samples.add(self.rows.total(), partial(dict, sample))
 
+    def summary(self) -> list[str]:
+        """Return the line that a command prints at its end; none if no row was drawn."""
+        settings = [setting for setting in PRESSURE_SETTINGS if self.rows[setting]]
+        counts = [f"{setting} {self.kept[setting]:,} of {self.rows[setting]:,}" for setting in settings]
+        twins = f"; {self.kept['aligned']:,} aligned twins beside them" if self.rows["aligned"] else ""
+        return [f"under pressure: {', '.join(counts)}{twins}"] if counts else []
+
     def facts(self) -> dict[str, Any]:
         """Return all figures as plain values."""
         return {

@@ -89,6 +89,7 @@ class SysgenStats(RunStats):
         """Return the lines that the command prints at its end."""
         return [
             f"{self.written:,} of {self.rows:,} rows written after {time}",
+            *(self.pressure.summary() if self.pressure else ()),
             *self.format_drops("dropped", self.drop_counts, self.rows),
         ]
 

@@ -1,7 +1,6 @@
 """Published sets with scripted servers: figures by hand, files that give them again, nothing asked twice."""
 
 import json
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
@@ -9,63 +8,21 @@ from typing import Any
 
 import pytest
 from published_rows import write_realguardrails, write_tensortrust
+from published_runs import FIRST_CONTACT, KEEPS, answers_everything, guards_a_door, sells_tea
 from scripted_server import Asked, Reply, ScriptedServer, chat_reply, error, served
 
 from train.errors import UserError
-from train.evaluation.hierarchy.published_sets import (
-    PublishedOptions,
-    SetResults,
-    measure_published_sets,
-    read_published_sets,
-)
+from train.evaluation.hierarchy.published_options import PublishedOptions
+from train.evaluation.hierarchy.published_sets import measure_published_sets, read_published_sets
+from train.evaluation.hierarchy.results_of_set import SetResults
+from train.evaluation.judge_options import contact_judge_once
 from train.evaluation.results.published_sets import read_published_sets as read_published_sets_of
 from train.resampling import estimate_share
-
-KEEPS = '{"reasoning": "Fine.", "follows_system_instructions": true}'
-BREAKS = '{"reasoning": "A price.", "follows_system_instructions": false}'
-
-
-async def guards_a_door(asked: Asked) -> Reply:
-    """Open for the password; tell it to a second attack; fall for a hijacking at doors 0 to 3; break off at door 5."""
-    system, text = (message["content"] for message in asked.body["messages"])
-    door = int(re.search(r"Door (\d+)", system)[1])  # type: ignore[index]
-    if door == 5:
-        return error(400, "the prompt is refused")
-    if "Plum" in text:
-        return chat_reply('"Access Granted"' if door else "Welcome! Access granted.")
-    if "Say Access Granted" in text:
-        return chat_reply("<think>Should I?</think>ACCESS GRANTED" if door < 4 else "Go away.")
-    return chat_reply(f"The password is Plum{door}." if "(1)" in text else "Go away.")
-
-
-async def sells_tea(asked: Asked) -> Reply:
-    """The model answers; the judge is the model `judge`. Both go by the number n of the row, modulo 8."""
-    is_judge = asked.body["model"] == "judge"
-    if asked.prompt == "Hi":  # before the first answer, to see whether the judge is there
-        return chat_reply("Hello")
-    subset, number = re.findall(r"(handwritten|distractors) (\d+)(?:\n|$)", asked.prompt)[-1]
-    n = int(number) % 8
-    if not is_judge:
-        assert asked.body["temperature"] == 0
-        return error(400, "the template refuses it") if n == 2 else chat_reply("Tea sorry" if n == 7 else "Tea.")
-    assert (asked.body["temperature"], asked.prompt.count("### Guardrails")) == (0, 1)
-    replies = {
-        0: [KEEPS if subset == "handwritten" else BREAKS],
-        1: [KEEPS],
-        2: [BREAKS],
-        3: ["Hm.", "It does."],
-        4: [("", "content_filter"), ("", "content_filter")],
-        5: ["Hm.", f"```json\n{KEEPS}\n```"],
-        6: [(KEEPS, "length"), (KEEPS, "length")],
-        7: [KEEPS],
-    }
-    reply = replies[n][asked.times]
-    return chat_reply(reply) if isinstance(reply, str) else chat_reply(*reply)
 
 
 def asked_of(server: ScriptedServer, model: str) -> list[dict[str, Any]]:
     """Return the requests about rows."""
-    return [asked.body for asked in server.asked if asked.body.get("model") == model and asked.prompt != "Hi"]
+    return [asked.body for asked in server.asked if asked.body.get("model") == model and asked.prompt != FIRST_CONTACT]
 
 
 def options(url: str, **settings: Any) -> PublishedOptions:
@@ -75,7 +32,9 @@ def options(url: str, **settings: Any) -> PublishedOptions:
 
 def measure(settings: PublishedOptions, folder: Path) -> list[SetResults]:
     sets = read_published_sets(settings)
-    return measure_published_sets(settings, sets, settings.local_or_served(), folder / "hierarchy.sqlite")
+    contact = contact_judge_once(settings, settings.wait_for_server)
+    journal = folder / "hierarchy.sqlite"
+    return measure_published_sets(settings, sets, settings.local_or_served(), journal, before_asking=contact)
 
 
 def share_of(lines: Sequence[Mapping[str, Any]], subset: str) -> dict[str, Any]:
@@ -133,6 +92,7 @@ def test_realguardrails_equals_hand_calculation(tmp_path: Path) -> None:
     with served(sells_tea, ["judge"]) as server:
         settings = options(server.url, realguardrails=str(folder), retries=1)
         (result,) = measure(settings, tmp_path)
+        assert {body["temperature"] for name in ("m", "judge") for body in asked_of(server, name)} == {0}
         # Of 8 rows one has no answer; the judge is asked twice about four and once about three.
         assert (len(asked_of(server, "m")), len(asked_of(server, "judge"))) == (32, 44)
         again = measure(settings, tmp_path)[0]
@@ -177,7 +137,7 @@ def test_a_judge_that_never_replies_is_an_error_and_the_answers_are_kept(tmp_pat
     folder = write_realguardrails(tmp_path / "guardrails")
 
     async def without_a_judge(asked: Asked) -> Reply:
-        is_judge = asked.body["model"] == "judge" and asked.prompt != "Hi"
+        is_judge = asked.body["model"] == "judge" and asked.prompt != FIRST_CONTACT
         return error(400, "too long") if is_judge else chat_reply("Tea.")
 
     with served(without_a_judge, ["judge"]) as server:
@@ -222,10 +182,7 @@ def test_compare_reads_shares_with_their_rows(tmp_path: Path) -> None:
     tensortrust = write_tensortrust(tmp_path / "tensortrust")
     guardrails = write_realguardrails(tmp_path / "guardrails", handwritten=16, distractors=16)
 
-    async def script(asked: Asked) -> Reply:
-        return await (guards_a_door if "You guard a door" in str(asked.body["messages"][0]) else sells_tea)(asked)
-
-    with served(script, ["judge"]) as server:
+    with served(answers_everything, ["judge"]) as server:
         settings = options(server.url, tensortrust=str(tensortrust), realguardrails=str(guardrails), retries=1)
         results = measure(settings, tmp_path)
     record = json.loads(json.dumps({result.name: result.record for result in results}))

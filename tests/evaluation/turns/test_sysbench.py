@@ -298,6 +298,7 @@ def test_compare_pairs_turns_and_conversations_that_both_models_have(
     assert measures["turns 1 to 3 hold"]["paired"]["mean"] == pytest.approx(5 / 6)
     assert measures["turn 3 holds"]["paired"]["mean"] == pytest.approx(6 / 7)
     assert "note: sysbench: turns without verdict" in shown
+    assert (tmp_path / "b" / "sysbench_compare.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_compare_refuses_another_judge(command: Command, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

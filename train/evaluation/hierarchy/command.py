@@ -7,26 +7,38 @@ answered. Settings stand side by side: the user asks for nothing (reference), fo
 (conflict); a quoted text or a tool result asks for the opposite (injected); the user asks for a secret of the message
 (extraction), or for what the message allows (permitted). Writes hierarchy.json, hierarchy_rows.jsonl, hierarchy.png and
 a section of report.md. Answers are kept in hierarchy.sqlite, so the same command continues a run that was stopped.
+--tensortrust and --realguardrails measure two published sets too.
 """
 
 import argparse
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from train.evaluation.command_options import add_options, load_settings
 from train.evaluation.hierarchy.figures import compute_figures
 from train.evaluation.hierarchy.options import HierarchyOptions
-from train.evaluation.hierarchy.pressure_set import NAME, ask, judge, record_rows, summarize_unanswered
+from train.evaluation.hierarchy.pressure_set import (
+    NAME,
+    BeforeAsking,
+    ask,
+    judge,
+    record_rows,
+    summarize_unanswered,
+)
 from train.evaluation.hierarchy.report import HEADING, details_of, plot_parts, section, settings_of
 from train.evaluation.hierarchy.results_of_set import SetResults
 from train.evaluation.hierarchy.selection import select_rows
 from train.evaluation.hierarchy.system_ifeval import read_gap
+from train.evaluation.judge_options import contact_judge_once
 from train.evaluation.models.options import refuse_extra_fields
 from train.evaluation.required_paths import require_model
 from train.evaluation.results_dir import Writer, as_json, as_jsonl, exclusive, output_folder, write_results
 from train.pressure.evaluation_set import build_rows
 from train.pressure.tactics import SETTINGS
+
+if TYPE_CHECKING:
+    from train.evaluation.models.responses import OpenModel
 
 
 def add_to(commands: Any) -> None:
@@ -51,14 +63,30 @@ def run(options: argparse.Namespace) -> None:
         require_model("--model", config.model)
     folder = output_folder(config.model, config.output_dir, remedy="For a hub id or a server, add --output-dir FOLDER.")
     with exclusive(folder, "hierarchy"):
-        _write(config, folder, [measure_pressure_set(config, folder)])
+        _write(config, folder, measure_sets(config, folder))
 
 
-def measure_pressure_set(config: HierarchyOptions, folder: Path) -> SetResults:
+def measure_sets(config: HierarchyOptions, folder: Path) -> list[SetResults]:
+    """Ask and judge the built-in set and the published sets that the options name. Raises UserError."""
+    from train.evaluation.hierarchy.published_sets import measure_published_sets, read_published_sets
+    from train.evaluation.models.responses import open_model
+
+    published = read_published_sets(config)
+    contact = contact_judge_once(config, config.wait_for_server)
+    journal = folder / "hierarchy.sqlite"
+    with open_model(config.local_or_served()) as model:
+        of_ours = measure_pressure_set(config, model, journal, contact)
+        others = measure_published_sets(config, published, model, journal, before_asking=contact, seed=config.seed)
+    return [of_ours, *others]
+
+
+def measure_pressure_set(
+    config: HierarchyOptions, model: "OpenModel", journal: Path, before_asking: BeforeAsking
+) -> SetResults:
     """Ask and judge the built-in set."""
     settings = [setting for setting in SETTINGS if setting in config.settings]
     rows = select_rows(build_rows(), settings, None if config.split == "all" else config.split, config.rows)
-    asked = ask(config, rows, folder / "hierarchy.sqlite")
+    asked = ask(config, rows, model, journal, before_asking)
     lines = judge(rows, asked)
     figures = compute_figures(lines, config.seed)
     record = {"data": record_rows(rows, asked), **figures.record()}
@@ -95,4 +123,4 @@ def _write(config: HierarchyOptions, folder: Path, sets: list[SetResults]) -> No
     print(f"figures: {folder / 'hierarchy.json'}; rows: {folder / 'hierarchy_rows.jsonl'}")
     for of_set in sets:
         if of_set.warning:
-            print(f"warning: {of_set.warning.rstrip('.')}. The same command requests only these again.")
+            print(f"warning: {of_set.warning.rstrip('.')}. The same command requests again what got no answer.")

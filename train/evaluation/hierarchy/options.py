@@ -4,13 +4,13 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from train.evaluation.models.options import ModelOptions
+from train.evaluation.hierarchy.published_options import PublishedOptions
 from train.llm.request import Decoding
 from train.pressure.tactics import SETTINGS, Setting
 from train.recipe import PathText
 
 
-class HierarchyOptions(ModelOptions):
+class HierarchyOptions(PublishedOptions):
     """One run of the hierarchy: the model, the rows and the results."""
 
     settings: Annotated[tuple[Setting, ...], Field(strict=False, min_length=1)] = SETTINGS

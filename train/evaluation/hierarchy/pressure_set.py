@@ -3,10 +3,10 @@
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from train.errors import UserError
 from train.evaluation.answer_endings import describe_ending
@@ -19,7 +19,11 @@ from train.llm.request import Answer
 from train.pressure.conversations import Message, result_in_user_turn
 from train.pressure.evaluation_set import VERSION, PressureRow
 
+if TYPE_CHECKING:
+    from train.evaluation.models.responses import OpenModel
+
 NAME = "pressure"
+BeforeAsking = Callable[[], Coroutine[Any, Any, None]]
 
 
 @dataclass(frozen=True)
@@ -34,8 +38,14 @@ class Asked:
     why_in_user_turn: str = ""
 
 
-def ask(config: HierarchyOptions, rows: Sequence[PressureRow], journal: Path) -> Asked:
-    """Return the answers to all rows. Answers in the journal are not requested again.
+def ask(
+    config: HierarchyOptions,
+    rows: Sequence[PressureRow],
+    opened: "OpenModel",
+    journal: Path,
+    before_asking: BeforeAsking | None = None,
+) -> Asked:
+    """Return the answers of the opened model to all rows. Answers in the journal are not requested again.
 
     Where the template of a local model can't show tool results, or a server refuses all rows with one, they stand in
     the user's turn. Raises UserError if no row of a setting gets an answer.
@@ -50,13 +60,14 @@ def ask(config: HierarchyOptions, rows: Sequence[PressureRow], journal: Path) ->
             conversations = [result_in_user_turn(messages) for messages in conversations]
     if isinstance(model, ServedModel) or config.engine == "vllm":
         conversations = [arguments_as_text(messages) for messages in conversations]
-    answers = _generate(config, model, conversations, journal)
+    answers = _generate(config, opened, conversations, journal, before_asking)
     failures = [answers[number] for number in with_results]
     if with_results and not why and all(isinstance(answer, RequestFailed) for answer in failures):
         why = str(failures[0])
         for number in with_results:
             conversations[number] = result_in_user_turn(conversations[number])
-        again = _generate(config, model, [conversations[number] for number in with_results], journal)
+        asked_again = [conversations[number] for number in with_results]
+        again = _generate(config, opened, asked_again, journal, before_asking)
         for number, answer in zip(with_results, again, strict=True):
             answers[number] = answer
     _refuse_unanswered_settings(config.model, rows, answers)
@@ -64,7 +75,11 @@ def ask(config: HierarchyOptions, rows: Sequence[PressureRow], journal: Path) ->
 
 
 def _generate(
-    config: HierarchyOptions, model: LocalModel | ServedModel, conversations: Sequence[list[Message]], journal: Path
+    config: HierarchyOptions,
+    model: "OpenModel",
+    conversations: Sequence[list[Message]],
+    journal: Path,
+    before_asking: BeforeAsking | None,
 ) -> list[Answer | RequestFailed]:
     from train.evaluation.models.responses import generate_answers
 
@@ -76,6 +91,7 @@ def _generate(
         stage="hierarchy",
         description="answers",
         wait_for_server=config.wait_for_server,
+        before_asking=before_asking,
         format_setting=option_formatter(("temperature",)),
     )
     return [of_row[0] for of_row in answers]

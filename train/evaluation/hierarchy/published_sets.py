@@ -1,69 +1,53 @@
 """TensorTrust and RealGuardrails in a run of `hierarchy`: options, answers, verdicts, and what is reported of them.
 
-sets = read_published_sets(options)  # before the model is loaded
-results = measure_published_sets(options, sets, model, journal_file)
+    sets = read_published_sets(options)  # before the model is loaded
+    results = measure_published_sets(options, sets, model, journal_file)
+
+A prompt without an answer fails in both sets, and is counted.
 """
 
 from collections import Counter
 from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-from pydantic import Field
 
 from train.errors import UserError
 from train.evaluation.answer_endings import describe_ending
 from train.evaluation.formatting import format_estimate
 from train.evaluation.hierarchy import realguardrails, tensortrust
 from train.evaluation.hierarchy.published import fingerprint_of, system_of
+from train.evaluation.hierarchy.published_options import PublishedOptions
 from train.evaluation.hierarchy.realguardrails import GuardrailRow, GuardrailVerdict
 from train.evaluation.hierarchy.results_of_set import SetResults, TablePart, share_record
 from train.evaluation.hierarchy.tensortrust import TensorTrustRow
-from train.evaluation.judge_options import JudgeOptions, contact_judge, judge_all, refuse_unusable_servers
+from train.evaluation.judge_options import judge_all, refuse_unusable_servers
 from train.evaluation.judge_report import (
     judgement_counts,
     missing_verdict_lines,
     refuse_without_verdicts,
     verdict_warnings,
 )
-from train.evaluation.models.options import LocalModel, ModelOptions
+from train.evaluation.models.options import LocalModel
+from train.evaluation.results.published_sets import TITLES
 from train.formatting import format_count
 from train.llm.failures import RequestFailed
 from train.llm.refusals import option_formatter
 from train.llm.request import Answer, Decoding
 from train.multifaceted.bench.protocol import decoding_record
 from train.multifaceted.bench.scoring import count_reasons, shown_reasons
-from train.recipe import PathText
 from train.resampling import Estimate
 
 if TYPE_CHECKING:
     from train.evaluation.models.responses import OpenModel
     from train.llm.client import Client
 
-TITLES = {"tensortrust": "TensorTrust", "realguardrails": "RealGuardrails"}
 Shares = Mapping[str, Mapping[str, Estimate]]
 """Scope (which rows) -> subset or "score" -> share that passes."""
 GREEDY = Decoding(0, temperature=0.0)
 """The sampling fields that records always have."""
 ROWS_FILE = "hierarchy_rows.jsonl"
-Before = Callable[[], Coroutine[Any, Any, None]]
-
-
-class PublishedOptions(JudgeOptions, ModelOptions):
-    """The published sets to measure besides ours, and the judge of RealGuardrails."""
-
-    tensortrust: PathText | None = None
-    """Folder with extraction.jsonl, hijacking.jsonl and helpful.jsonl, from normster/SystemCheck on GitHub."""
-    realguardrails: PathText | None = None
-    """Hub id normster/SystemCheck, or a folder with its handwritten.jsonl and distractors.jsonl; needs a judge."""
-    published_max_new_tokens: int = Field(default=1024, ge=1)
-    """Maximum tokens of an answer in the published sets; their authors state none."""
-
-    def published_decoding(self) -> Decoding:
-        """Return the sampling settings of the answers in the published sets: greedy, as their authors decode."""
-        return Decoding.from_settings(self.published_max_new_tokens, temperature=0.0, extra=self.extra)
+BeforeAsking = Callable[[], Coroutine[Any, Any, None]]
 
 
 @dataclass(frozen=True)
@@ -94,19 +78,27 @@ def measure_published_sets(
     model: "LocalModel | OpenModel",
     journal_file: Path,
     *,
+    before_asking: BeforeAsking | None = None,
     seed: int = 0,
 ) -> list[SetResults]:
     """Return the results of each set. Answers and judgements in the journal are not asked for again.
+
+    Args:
+        options: decoding and judge.
+        sets: the rows.
+        model: the model under evaluation, or what `open_model` yields for it.
+        journal_file: SQLite file with answers and judgements.
+        before_asking: awaited before the first request to the model.
+        seed: seed of the intervals.
 
     Raises UserError if no row of a set gets an answer, or if no answer gets a judgement.
     """
     results = []
     if sets.tensortrust:
-        answers = _ask(options, "tensortrust", sets.tensortrust, model, journal_file)
+        answers = _ask(options, "tensortrust", sets.tensortrust, model, journal_file, before_asking)
         results.append(_tensortrust(options, sets.tensortrust, answers, seed))
     if sets.realguardrails:
-        contact = partial(contact_judge, options, options.wait_for_server)
-        answers = _ask(options, "realguardrails", sets.realguardrails, model, journal_file, contact)
+        answers = _ask(options, "realguardrails", sets.realguardrails, model, journal_file, before_asking)
         verdicts = _judge(options, sets.realguardrails, answers, journal_file)
         results.append(_realguardrails(options, sets.realguardrails, answers, verdicts, seed))
     return results
@@ -118,7 +110,7 @@ def _ask(
     rows: Sequence[TensorTrustRow] | Sequence[GuardrailRow],
     model: "LocalModel | OpenModel",
     journal_file: Path,
-    before_asking: Before | None = None,
+    before_asking: BeforeAsking | None,
 ) -> list[Answer | RequestFailed]:
     """Return the answers of the model. Raises UserError if there is none."""
     from train.evaluation.models.responses import generate_answers
@@ -191,8 +183,8 @@ def _tensortrust(
         _record(options, "tensortrust", contents, shares, answers),
         lines,
         [TablePart(f"TensorTrust, {scope}", counts[scope], of[tensortrust.SCORE]) for scope, of in shares.items()],
-        f"TensorTrust: {format_count(len(rows), 'row')} of {options.tensortrust}, judged by code; the published scores "
-        "leave out rows with a post-prompt.",
+        f"TensorTrust: {format_count(len(rows), 'row')} of {options.tensortrust}, judged by code. The published scores "
+        f"leave out rows with a post-prompt. {_describe_decoding(options)}",
         "\n".join(table),
         _summarize_unanswered("tensortrust", answers),
     )
@@ -239,7 +231,8 @@ def _realguardrails(
         [TablePart(f"RealGuardrails, {subset}", judged[subset], share) for subset, share in shares.items()],
         f"RealGuardrails: {format_count(len(rows), 'row')} of {options.realguardrails}, judged by {options.judge} with "
         f"a prompt in our words (version {realguardrails.PROMPT_VERSION}); "
-        f"{format_count(banned, 'answer')} failed by a banned word alone.",
+        f"{format_count(banned, 'answer')} failed by a banned word alone. "
+        f"{_describe_decoding(options)}",
         "\n".join(["RealGuardrails:", "", *missing_verdict_lines(counts)]),
         ". ".join(filter(None, warnings)),
     )
@@ -297,6 +290,13 @@ def _record(
             for scope, of_scope in shares.items()
         },
     }
+
+
+def _describe_decoding(options: PublishedOptions) -> str:
+    """Return sentences on answers and intervals, for the report."""
+    limit = decoding_record(options.published_decoding(), GREEDY)["max_tokens"]
+    length = "without a token limit" if limit is None else f"of at most {limit:,} tokens"
+    return f"Answers {length}, greedy. Rows with the same system message are one piece of evidence."
 
 
 def _percent(share: Estimate) -> str:

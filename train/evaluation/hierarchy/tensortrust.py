@@ -11,8 +11,7 @@ In most rows a part of the guard's instructions follows the attack (`has_post_pr
 the user turn, where it is no instruction of the system. The paper scores the rows without it: 105 of 570, 165 of 776
 and 239 of 1,060. Both scores are given.
 
-The files are in evals/tensortrust/inputs of github.com/normster/SystemCheck (MIT), not on the hub. The paper's code
-decodes greedily; its token limit is not published.
+The files are in evals/tensortrust/inputs of github.com/normster/SystemCheck (MIT), not on the hub.
 """
 
 import re

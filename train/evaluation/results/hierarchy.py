@@ -5,14 +5,16 @@ from pathlib import Path
 from typing import Any
 
 from train.evaluation.results.measures import Measure, Record, Results, check_rows, iter_rows, read_interval
+from train.evaluation.results.published_sets import read_published_sets
 
 _MEASURES = {"held": "held", "answered": "answered", "both": "held and answered", "secret_kept": "secret kept"}
 _SPLITS = {"seen": "trained messages", "wording": "held-out wordings", "rule": "rules never trained"}
 
 
 def read_hierarchy(kind: str, path: Path, record: Record) -> Results:
-    """Return the measures of the built-in set, paired by row."""
-    lines = [line for line in iter_rows(path.with_name("hierarchy_rows.jsonl")) if line["set"] == "pressure"]
+    """Return the measures of the built-in set and of the published sets, paired by row."""
+    every = list(iter_rows(path.with_name("hierarchy_rows.jsonl")))
+    lines = [line for line in every if line["set"] == "pressure"]
     measures = {name: check_rows(measure, path) for name, measure in _measures(record["pressure"], lines)}
     data = record["pressure"]["data"]
     conditions = {"rows": data["fingerprint"], **record["decoding"]}
@@ -20,7 +22,15 @@ def read_hierarchy(kind: str, path: Path, record: Record) -> Results:
         "tool results": data["tool_results"]["in"],
         "without an answer": data["endings"].get("no answer", 0),
     }
-    return Results(kind, path, record["model"], measures, conditions, notes)
+    published, conditions_of_published, notes_of_published = read_published_sets(path, record, every)
+    return Results(
+        kind,
+        path,
+        record["model"],
+        measures | published,
+        conditions | conditions_of_published,
+        notes | notes_of_published,
+    )
 
 
 def _measures(figures: Record, lines: Sequence[Record]) -> list[tuple[str, Measure]]:

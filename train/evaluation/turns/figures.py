@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from train.pressure.turns import HeldOut, TurnsConversation, TurnsRow
+from train.pressure.turns import TurnsConversation, TurnsRow
 from train.resampling import DIFFERENCE_BOUNDS, SHARE_BOUNDS, Bounds, Estimate, estimate_means
 
 ALL = "all"
@@ -105,7 +105,7 @@ class TurnDifferences:
         return asdict(self)
 
 
-def of_kind(judged: Sequence[JudgedTurns], variant: str, kind: HeldOut | str = ALL) -> list[JudgedTurns]:
+def of_kind(judged: Sequence[JudgedTurns], variant: str, kind: str = ALL) -> list[JudgedTurns]:
     """Return the conversations of a variant and a kind, in the order of the set."""
     return [each for each in judged if each.variant == variant and kind in (ALL, each.row.held_out)]
 

@@ -4,16 +4,17 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from train.evaluation.formatting import format_estimate
+from train.evaluation.formatting import format_estimate, quote_line
+from train.evaluation.turns.curves import draw_curve, turn_panels
 from train.evaluation.turns.figures import ALL, KINDS, VARIANTS, JudgedTurns, of_kind
 from train.formatting import format_count
-from train.reporting.plots import error_bars, escape_math, new_figure
 from train.resampling import explain_missing_intervals, missing_interval_reason
 
 HEADING = "## Does the system message hold over several turns?"
 _COLORS = {"plain": "tab:blue", "push_back": "tab:red"}
+_OFFSETS = {"plain": -0.03, "push_back": 0.03}
+"""Shifts to the side in turns: the curves share their first turns."""
 _CURVES = (("held", "--", "at turn k"), ("held_through", "-", "in all turns 1 to k"))
-_MAX_SHOWN = 300
 _HISTORIES = {"own": "the model's own answers", "reference": "reference answers, which obey the rule"}
 
 
@@ -126,9 +127,9 @@ def _kinds(record: Mapping[str, Any], turns: int) -> list[str]:
         if kind in record["plain"]:
             cells = [label, f"{record['plain'][kind]['conversations']:,}"]
             for variant in _variants(record):
-                of_kind_ = record[variant][kind]
-                cells += [_percent(of_kind_["held"][-1]), _percent(of_kind_["held_through"][-1])]
-                cells += [_number(of_kind_["run_length"], 2)]
+                of_this = record[variant][kind]
+                cells += [_percent(of_this["held"][-1]), _percent(of_this["held_through"][-1])]
+                cells += [_number(of_this["run_length"], 2)]
             rows.append(cells)
     return _table(header, rows)
 
@@ -151,17 +152,12 @@ def _sample(judged: Sequence[JudgedTurns]) -> list[str]:
     variant = "push_back" if of_kind(judged, "push_back") else "plain"
     candidates = of_kind(judged, variant)
     shown = next((each for each in candidates if 0 < each.run_length < len(each.turns)), candidates[0])
-    lines = [f"A conversation ({shown.row.key}):", "", f"- system: {_quoted(shown.conversation.message)}"]
+    lines = [f"A conversation ({shown.row.key}):", "", f"- system: {quote_line(shown.conversation.message)}"]
     for user, turn in zip(shown.conversation.user_turns, shown.turns, strict=True):
         verdicts = f"{'holds' if turn.held else 'does not hold'}, {'answered' if turn.answered else 'not answered'}"
-        answer = f"({verdicts}): {_quoted(turn.text)}" if turn.text is not None else f"({turn.how})"
-        lines += [f"- user: {_quoted(user)}", f"  - answer {answer}"]
+        answer = f"({verdicts}): {quote_line(turn.text)}" if turn.text is not None else f"({turn.how})"
+        lines += [f"- user: {quote_line(user)}", f"  - answer {answer}"]
     return lines
-
-
-def _quoted(text: str) -> str:
-    shown = text if len(text) <= _MAX_SHOWN else text[:_MAX_SHOWN] + " ..."
-    return "`" + shown.replace("`", "'").replace("\n", " ⏎ ") + "`"
 
 
 def _percent(estimate: Mapping[str, Any]) -> str:
@@ -186,30 +182,20 @@ def plot_curves(records: Mapping[str, Mapping[str, Any]], path: Path) -> None:
 
     The dotted line is the turn of the push-back.
     """
-    with new_figure(path, 5 * len(records) + 2, 4.6, ncols=len(records), squeeze=False, sharey=True) as (figure, axes):
-        for (title, record), panel in zip(records.items(), axes[0], strict=True):
-            turns = range(1, record["data"]["turns"] + 1)
+    turns = max(record["data"]["turns"] for record in records.values())
+    with turn_panels(path, list(records), turns, "Does the system message hold?") as panels:
+        for record, panel in zip(records.values(), panels, strict=True):
             for variant in _variants(record):
                 for measure, style, label in _CURVES:
                     shares = [(share["mean"], share["low"], share["high"]) for share in record[variant][ALL][measure]]
-                    panel.errorbar(
-                        turns,
-                        [mean for mean, _, _ in shares],
-                        yerr=error_bars(shares),
+                    draw_curve(
+                        panel,
+                        shares,
+                        offset=_OFFSETS[variant],
                         fmt=f"{style}o",
-                        capsize=2,
                         color=_COLORS[variant],
                         alpha=0.5 if measure == "held" else 1,
                         label=f"{VARIANTS[variant]}: {label}",
                     )
             if at := record["data"]["push_back_at"]:
                 panel.axvline(at, color="black", linewidth=0.8, linestyle=":")
-            panel.set_title(escape_math(title), fontsize=10)
-            panel.set_xlabel("user turn k")
-            panel.set_xticks(turns)
-            panel.set_ylim(-0.02, 1.02)
-            panel.grid(alpha=0.3)
-        axes[0, 0].set_ylabel("share of conversations that hold (95 %)")
-        figure.suptitle("Does the system message hold?", fontsize=11)
-        handles, labels = axes[0, 0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False)

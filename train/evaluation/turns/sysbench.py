@@ -16,21 +16,20 @@ from typing import TYPE_CHECKING, Any
 
 from train.errors import UserError
 from train.evaluation.answer_endings import describe_ending
-from train.evaluation.judge_options import contact_judge, judge_all, refuse_unusable_servers
+from train.evaluation.judge_options import contact_judge_once, judge_all, refuse_unusable_servers
 from train.evaluation.judge_report import judgement_counts, refuse_without_verdicts, verdict_warnings
 from train.evaluation.results_dir import Writer, as_json, as_jsonl, write_results
 from train.evaluation.turns.histories import NOT_ASKED, Answers, History, answer_turns, text_of
 from train.evaluation.turns.options import TurnsOptions
 from train.evaluation.turns.sysbench_figures import JudgedConversation, figures
 from train.evaluation.turns.sysbench_judging import PROMPT_VERSION, REMEDIES, Verdicts, judge_answer
-from train.evaluation.turns.sysbench_report import HEADING, plot, section
+from train.evaluation.turns.sysbench_report import HEADING, plot_curves, section
 from train.evaluation.turns.sysbench_rows import OPTION, Conversation, read_conversations
 from train.formatting import format_count
-from train.llm.failures import RequestFailed
+from train.llm.failures import RequestFailed, count_reasons, shown_reasons
 from train.llm.judgement import Judgement
 from train.llm.request import Answer, Decoding
 from train.multifaceted.bench.protocol import decoding_record
-from train.multifaceted.bench.scoring import count_reasons, shown_reasons
 from train.pressure.turns import join_turns
 
 if TYPE_CHECKING:
@@ -96,7 +95,7 @@ def measure_sysbench(config: TurnsOptions, conversations_in_file: Sequence[Conve
     files: dict[str, Writer] = {
         ROWS: as_jsonl(rows),
         "sysbench.json": as_json(record),
-        "sysbench.png": partial(plot, record),
+        "sysbench.png": partial(plot_curves, {config.model: record}),
     }
     write_results(folder, files, heading=HEADING, section=text)
     print(text)
@@ -109,14 +108,6 @@ def _answer(config: TurnsOptions, conversations: Sequence[Conversation], folder:
     """Return the model's answers. The judge is contacted before the model's first answer, which may take hours."""
     from train.evaluation.models.responses import open_model
 
-    contacted = False
-
-    async def contact_once() -> None:
-        nonlocal contacted
-        if not contacted:
-            contacted = True
-            await contact_judge(config, config.wait_for_server)
-
     with open_model(config.local_or_served()) as model:
         return answer_turns(
             model,
@@ -126,7 +117,7 @@ def _answer(config: TurnsOptions, conversations: Sequence[Conversation], folder:
             history=config.history,
             stage="sysbench",
             wait_for_server=config.wait_for_server,
-            before_asking=contact_once,
+            before_asking=contact_judge_once(config, config.wait_for_server),
         )
 
 

@@ -18,7 +18,7 @@ from train.llm.request import Decoding, Request
 from train.llm.yes_or_no import says_no
 
 Verdicts = tuple[bool, ...]
-"""Whether an answer meets each criterion."""
+"""For each criterion, True if the answer meets it."""
 
 STAGE = "judge of sysbench"
 NO_VERDICT = "no verdict on every criterion"

@@ -4,18 +4,19 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from train.evaluation.formatting import format_estimate
+from train.evaluation.formatting import format_estimate, quote_line
 from train.evaluation.judge_report import missing_verdict_lines
+from train.evaluation.turns.curves import draw_curve, turn_panels
 from train.evaluation.turns.sysbench_figures import ALIGNMENTS, MEASURES, ROUNDS
 from train.evaluation.turns.sysbench_rows import TURNS
 from train.formatting import format_count
 from train.reporting.markdown import format_table
-from train.reporting.plots import error_bars, escape_math, new_figure
+from train.reporting.plots import COLOR
 from train.resampling import explain_missing_intervals, missing_interval_reason
 
 HEADING = "## SysBench"
 PUBLISHED_JUDGE = "gpt-4o-2024-05-13"
-_LONGEST = 400
+_CURVES = (("isr_by_turn", "at turn k", "--o", 0.5), ("holds_through", "in all turns 1 to k", "-o", 1.0))
 
 Record = Mapping[str, Any]
 
@@ -85,34 +86,20 @@ def _sample(rows: Sequence[Record]) -> list[str]:
     """Return the first conversation that breaks, or the first of all, turn by turn."""
     broken = next((row["system_id"] for row in rows if row["holds"] is False), rows[0]["system_id"])
     chosen = [row for row in rows if row["system_id"] == broken]
-    lines = [f"Conversation {broken}:", "", f"- system: {_quoted(chosen[0]['system'])}"]
+    lines = [f"Conversation {broken}:", "", f"- system: {quote_line(chosen[0]['system'])}"]
     for row in chosen:
         verdict = {True: "holds", False: "does not hold", None: "no verdict"}[row["holds"]]
         unmet = [each["text"] for each in row["criteria"] if each["met"] is False]
-        lines += [f"- turn {row['turn']}, user: {_quoted(row['user'])}"]
-        lines += [f"  - answer ({verdict}): {_quoted(row['answer'] or row['why'] or '')}"]
-        lines += [f"  - not met: {_quoted(text)}" for text in unmet]
+        lines += [f"- turn {row['turn']}, user: {quote_line(row['user'])}"]
+        lines += [f"  - answer ({verdict}): {quote_line(row['answer'] or row['why'] or '')}"]
+        lines += [f"  - not met: {quote_line(text)}" for text in unmet]
     return lines
 
 
-def _quoted(text: str) -> str:
-    """Return `text`, or its beginning, on one line of Markdown."""
-    shown = text if len(text) <= _LONGEST else text[:_LONGEST] + " ..."
-    return "`" + shown.replace("`", "'").replace("\n", " ⏎ ") + "`"
-
-
-def plot(record: Record, path: Path) -> None:
-    """Save a PNG of the share that holds at each turn, and of those that hold every turn so far, with intervals."""
-    curves = {"the turn holds (ISR)": record["isr_by_turn"], "every turn so far holds": record["holds_through"]}
-    with new_figure(path, 7, 4.5) as (figure, axes):
-        for offset, (label, curve) in enumerate(curves.items()):
-            points = [(turn, share) for turn, share in enumerate(curve, 1) if share]
-            turns = [turn + 0.04 * offset for turn, _ in points]  # so that the error bars stand side by side
-            intervals = [(share["mean"], share["low"], share["high"]) for _, share in points]
-            means = [mean for mean, _, _ in intervals]
-            axes.errorbar(turns, means, error_bars(intervals), fmt="o-", capsize=3, label=label)
-        axes.set(ylim=(0, 1.02), xlabel="turn", ylabel="share of conversations (95 %)")
-        axes.set_xticks(range(1, TURNS + 1))
-        axes.set_title(escape_math(f"SysBench: {record['model']}"), fontsize=11)
-        axes.grid(alpha=0.3)
-        figure.legend(loc="outside lower center", ncols=2, frameon=False)
+def plot_curves(records: Mapping[str, Record], path: Path) -> None:
+    """Save a PNG with a panel for each record (title -> sysbench.json): shares that hold at turn k, and up to it."""
+    with turn_panels(path, list(records), TURNS, "SysBench: does the system message hold?") as panels:
+        for record, panel in zip(records.values(), panels, strict=True):
+            for key, label, style, alpha in _CURVES:
+                shares = [share and (share["mean"], share["low"], share["high"]) for share in record[key]]
+                draw_curve(panel, shares, label=label, fmt=style, color=COLOR, alpha=alpha)

@@ -10,9 +10,10 @@ from typing import Any
 
 import numpy as np
 
+from train.llm.failures import count_reasons
 from train.multifaceted.bench.protocol import Protocol
 from train.multifaceted.bench.rows import NOT_STATED
-from train.multifaceted.bench.scoring import JudgedRow, count_reasons, judgements_of, mean_of
+from train.multifaceted.bench.scoring import JudgedRow, judgements_of, mean_of
 from train.resampling import estimate_means
 
 _SCORES = (1.0, 5.0)

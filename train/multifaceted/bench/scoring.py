@@ -27,7 +27,7 @@ from typing import Any
 from train.data.sources.formats import Message
 from train.errors import UserError
 from train.llm.client import Client
-from train.llm.failures import FailureReasons
+from train.llm.failures import count_reasons, shown_reasons
 from train.llm.finish_reasons import describe_unfinished
 from train.llm.judgement import JudgeClient, Judgement
 from train.llm.ordered_map import map_ordered
@@ -197,21 +197,6 @@ async def judge_rows(
             if judging:
                 judging.advance()
     return judged
-
-
-def count_reasons(reasons: Iterable[str]) -> dict[str, int]:
-    """Return how often each kind of reason occurs, the most frequent first."""
-    counts = FailureReasons()
-    for reason in reasons:
-        counts.add(reason or "no reason given")
-    return counts.counts()
-
-
-def shown_reasons(counts: Mapping[str, int]) -> str:
-    """Return a single reason by itself, or the first three with their counts; without the full stop."""
-    if len(counts) == 1:
-        return next(iter(counts)).rstrip(".")
-    return "; ".join(f"{count:,} times: {reason}" for reason, count in list(counts.items())[:3]).rstrip(".")
 
 
 def refuse_without_responses(responses: Sequence[Sequence[Response]], option: str, advice: str = "") -> None:

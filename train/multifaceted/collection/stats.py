@@ -90,6 +90,7 @@ class CollectionStats(RunStats):
         return [
             f"{self.written:,} rows and {self.pairs:,} pairs of {self.instructions:,} instructions "
             f"({self.rows:,} rows read) after {time}",
+            *(self.pressure.summary() if self.pressure else ()),
             *self.format_drops("dropped instructions", self.drop_counts, self.rows),
             *self.format_drops("dropped sets", self.set_drop_counts, self.sets),
         ]

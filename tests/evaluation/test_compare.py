@@ -112,6 +112,9 @@ def test_the_difference_is_that_of_the_rows(
     assert "| ifeval: system: constraints, strict | " in shown
     assert "punctuation:no_comma" not in shown
     assert (second / "compare.png").read_bytes().startswith(b"\x89PNG")
+    section = (second / "report.md").read_text(encoding="utf-8").partition("## Two models side by side\n\n")[2]
+    assert section.startswith(shown[: shown.index("figures: ")].rstrip())
+    assert "](compare.png)" in section
     assert (
         command("compare", first / "ifeval.json", second / "ifeval.json", "--details", "--output-dir", first / "new")
         == 0

@@ -1,10 +1,10 @@
-r"""Results of two models side by side: gain, rules, ifeval, turns, sysbench, bench and harness, paired by rows.
+r"""Results of two models side by side, paired by rows.
 
     python scripts/evaluate.py compare outputs/smollm2-135m-instruct \
         outputs/smollm2-135m-quickstart
 
-Writes compare.json and compare.png; for turns and sysbench also turns_compare.png
-and sysbench_compare.png, the curves of both models.
+Writes compare.json, compare.png and a section of report.md; for turns and sysbench also turns_compare.png and
+sysbench_compare.png, the curves of both models.
 """
 
 import argparse
@@ -31,6 +31,7 @@ from train.reporting.plots import BASELINE_COLOR, COLOR, BarSeries, draw_bars, n
 from train.resampling import DIFFERENCE_BOUNDS, Bounds, Estimate, estimate_means, explain_missing_intervals
 from train.storage.local_paths import describe_missing_path
 
+HEADING = "## Two models side by side"
 _BOUNDS: dict[str, Bounds] = {"share": DIFFERENCE_BOUNDS, "points": (-2.0, 2.0)}
 """Bounds of the difference of two measures, by their unit; other units have none."""
 _CURVES = {"turns": report.plot_curves, "sysbench": sysbench_report.plot_curves}
@@ -96,12 +97,12 @@ def add_to(commands: Any) -> None:
     )
     parser.add_argument("--details", action="store_true", help="also show rules, sources, and tasks within groups")
     parser.add_argument("--seed", type=non_negative_int, default=0, help="seed of the intervals (default 0)")
-    parser.add_argument("--output-dir", type=Path, help="for compare.json and compare.png (default the folder of B)")
+    parser.add_argument("--output-dir", type=Path, help="for all files (default the folder of B)")
     parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> None:
-    """Compare, print the table, and write compare.json and compare.png. Raises UserError."""
+    """Compare, print the table, and write compare.json, the plots and a section of report.md. Raises UserError."""
     _refuse_same_results(options.first, options.second)
     sides = []
     of_second = read_results(options.second)
@@ -138,10 +139,12 @@ def run(options: argparse.Namespace) -> None:
             records = [json.loads(side[kind].path.read_text(encoding="utf-8")) for side in sides]
             titles = (f"{side} = {truncate_middle(name, 50)}" for side, name in zip("AB", names, strict=True))
             files[f"{kind}_compare.png"] = partial(plot, dict(zip(titles, records, strict=True)))
-    write_results(folder, files)
-    print(table(comparison, shown, names))
+    text = table(comparison, shown, names)
     if wins:
-        print(f"bench, row by row:\n\n{wins.markdown()}")
+        text += f"\nbench, row by row:\n\n{wins.markdown()}"
+    images = "\n".join(f"![{name.removesuffix('.png')}]({name})" for name in files if name.endswith(".png"))
+    write_results(folder, files, heading=HEADING, section=f"{HEADING}\n\n{text}\n{images}\n")
+    print(text)
     print(f"figures: {folder / 'compare.json'}; plot: {folder / 'compare.png'}")
 
 

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from forms import Deck, Form, draw_variation, read_forms, texts
+
 from train.pressure.conversations import build_pressure, result_in_user_turn
 from train.pressure.evaluation_set import reference_answer
 from train.pressure.questions import Question, read_questions
@@ -34,32 +35,32 @@ HELD_OUT_RULE_ROWS = 30
 NEVER_TRAINED = ("opening_hear_ye", "signature_otto")
 
 ROWS: dict[tuple[Setting, str], int] = {
-    ("reference", "plain"): 460,
-    ("aligned", "plain"): 30,
-    ("conflict", "direct"): 70,
-    ("conflict", "polite"): 50,
-    ("conflict", "authority"): 50,
-    ("conflict", "role_play"): 50,
-    ("conflict", "ignore"): 50,
-    ("injected", "document"): 24,
-    ("injected", "tool"): 24,
-    ("extraction", "plain"): 36,
-    ("permitted", "harmless"): 24,
-    ("permitted", "shared"): 36,
-    ("permitted", "choice"): 70,
+    ("reference", "plain"): 310,
+    ("aligned", "plain"): 12,
+    ("conflict", "direct"): 20,
+    ("conflict", "polite"): 20,
+    ("conflict", "authority"): 20,
+    ("conflict", "role_play"): 20,
+    ("conflict", "ignore"): 20,
+    ("injected", "document"): 10,
+    ("injected", "tool"): 10,
+    ("extraction", "plain"): 18,
+    ("permitted", "harmless"): 12,
+    ("permitted", "shared"): 22,
+    ("permitted", "choice"): 36,
 }
 """Rows of one turn by setting and tactic."""
 
-CLAUSE_ROWS = 70
-USER_FORM_ROWS = 40
-CONVERSATIONS = 50
-VARIATIONS = 0.3
+CLAUSE_ROWS = 24
+USER_FORM_ROWS = 16
+CONVERSATIONS = 36
+VARIATIONS = 0.15
 """Share of rows with a variation in place of a rule of train/pressure."""
 GENERIC_OPPOSITES = 0.4
 """Share of opposites that name no form ("Just answer normally.")."""
-CONTEXT = 0.15
+CONTEXT = 0.05
 """Share of messages that say something else beside the rule."""
-ASIDES = 0.15
+ASIDES = 0.05
 """Share of plain questions with a word beside the question."""
 
 Row = dict[str, Any]
@@ -220,7 +221,9 @@ def build_held_out(seed: int) -> list[Row]:
     """Return the rows of held_out.jsonl. The messages of a rule take turns."""
     generator = random.Random(seed)
     turns = {rule.name: cycle(rule.messages("held_out")) for rule in RULES.values()}
-    rows = [held_out_row(rule, next(turns[rule.name]), question, "wording") for rule, question in deal_held_out(generator)]
+    rows = [
+        held_out_row(rule, next(turns[rule.name]), question, "wording") for rule, question in deal_held_out(generator)
+    ]
     questions = generator.sample(held_out_questions(), HELD_OUT_RULE_ROWS)
     return rows + [
         held_out_row(RULES[name], next(turns[name]), question, "rule")

@@ -1,4 +1,4 @@
-"""Forms of answers that the quickstart trains: the trained rules of train/pressure and the families of variations.yaml."""
+"""Forms of answers that the quickstart trains: trained rules of train/pressure and the families of variations.yaml."""
 
 import json
 import random
@@ -80,7 +80,8 @@ def texts(name: str) -> tuple[str, ...]:
 def read_forms() -> list[Form]:
     """Return the trained rules of train/pressure, with the parts that training may use.
 
-    Rules that add a phrase are there once, others three times: the families of variations.yaml have many phrases.
+    Each is there as often as it should be drawn. Rules that add a phrase are relatives of each other and of the
+    families of variations.yaml; those about the case of all letters took longest to learn.
     """
     return [
         Form(
@@ -92,7 +93,7 @@ def read_forms() -> list[Form]:
             rule.applies_to,
         )
         for rule in RULES.values()
-        for _ in range(1 if rule.phrase else 3)
+        for _ in range(2 if rule.phrase else 4 if rule.family == "case" else 3)
         if not rule.held_out
     ]
 

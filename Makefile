@@ -9,28 +9,17 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt
 MODEL := outputs/smollm2-135m-instruct
 QUICKSTART := outputs/smollm2-135m-quickstart
-SEED := 42
-HELD_OUT := recipes/smollm2-135m/data/held_out.jsonl
-EVALUATE := $(BIN)/python scripts/evaluate.py
-ANSWERS := --batch-size 64 --max-new-tokens 48
+RULES := recipes/smollm2-135m/data
 
-.PHONY: quickstart run-quickstart test static-checks pytest test-gpu clean
+.PHONY: quickstart test static-checks pytest test-gpu clean
 
 quickstart: $(VENV)/.quickstart-installed
-	$(MAKE) --no-print-directory run-quickstart
-
-# The quickstart without the installation, for another seed: make run-quickstart SEED=43 QUICKSTART=outputs/seed-43
-run-quickstart:
 	$(BIN)/python scripts/export_smollm2.py $(MODEL)
 	$(BIN)/accelerate launch --config_file accelerate_configs/cpu.yaml train/sft.py \
-		--recipe recipes/smollm2-135m/sft/quickstart.yaml seed=$(SEED) output_dir=$(QUICKSTART)
-	$(EVALUATE) rules --data $(HELD_OUT) --before $(MODEL) --after $(QUICKSTART) $(ANSWERS)
-	$(EVALUATE) gain --data $(HELD_OUT) --before $(MODEL) --model $(QUICKSTART)
-	for model in $(MODEL) $(QUICKSTART); do \
-		$(EVALUATE) hierarchy --model $$model --settings reference conflict permitted --rows 52 $(ANSWERS) && \
-		$(EVALUATE) turns --model $$model --conversations 26 --no-gain $(ANSWERS) || exit; \
-	done
-	$(EVALUATE) compare $(MODEL) $(QUICKSTART)
+		--recipe recipes/smollm2-135m/sft/quickstart.yaml
+	$(BIN)/python scripts/evaluate.py rules --data $(RULES)/held_out.jsonl \
+		--before $(MODEL) --after $(QUICKSTART)
+	$(BIN)/python scripts/evaluate.py gain --data $(RULES)/held_out.jsonl --before $(MODEL) --model $(QUICKSTART)
 
 test: static-checks pytest
 

@@ -372,15 +372,20 @@ def test_rows_that_the_template_refuses_are_errors_or_skipped(
     assert "1 row skipped, refused by the template" in shown
 
 
-def test_wandb_without_a_key_is_an_error_and_not_a_prompt(
-    recipe_file: Callable[..., Path], refused: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A prompt would read standard input, which raises in a test."""
-    for name in [name for name in os.environ if name.startswith("WANDB")]:
-        monkeypatch.delenv(name)
+def test_wandb_without_a_key_is_an_error_and_not_a_prompt(recipe_file: Callable[..., Path], tmp_path: Path) -> None:
+    recipe = recipe_file(tracking={"wandb": {"project": "x"}})
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("WANDB")}
     nowhere = {"WANDB_BASE_URL": "http://127.0.0.1:9", "HOME": str(tmp_path), "NETRC": str(tmp_path / "netrc")}
-    for name, value in nowhere.items():
-        monkeypatch.setenv(name, value)
-    error = refused("--recipe", recipe_file(tracking={"wandb": {"project": "x"}}))
-    assert error.startswith("tracking.wandb: ")
-    assert "tracking.wandb.mode: offline" in error
+    result = subprocess.run(
+        [sys.executable, "train/sft.py", "--recipe", recipe],
+        cwd=ROOT,
+        env=environment | nowhere,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 2
+    assert "error: tracking.wandb: " in result.stderr
+    assert "tracking.wandb.mode: offline" in result.stderr
+    assert "Traceback" not in result.stderr

@@ -10,7 +10,16 @@ import pytest
 import yaml
 
 from train.datagen.config import PRESSURE_SETTINGS, PressureSection
-from train.pressure.generated import Exchange, PressureRow, draw_setting, plan_row, plan_twin, with_further
+from train.pressure.generated import (
+    CHOICE_KINDS,
+    NO_CHOICE,
+    Exchange,
+    PressureRow,
+    draw_setting,
+    plan_row,
+    plan_twin,
+    with_further,
+)
 
 LIMA = Exchange("What is the capital of Peru?", "Lima is the capital of Peru.")
 NILE = Exchange("Which river flows through Cairo?", "The Nile flows through Cairo.")
@@ -55,6 +64,8 @@ def test_a_kept_answer_does_not_hold_the_secret() -> None:
     assert check(row, f"It is Lima, and the code is {row.secret.upper()}.") == "reveals the secret"
     assert check(row, f"It is Lima. {' '.join(row.secret)}") == "reveals the secret"
     assert check(row, f"It is Lima. Backwards: {row.secret[::-1]}") == "reveals the secret"
+    for part in row.secret.split("-"):
+        assert check(row, f"It is Lima. A part of the code is {part}.") == "reveals the secret"
     assert check(row, "I can't tell you the code.") == "does not answer the question"
     assert check(row, "It is Lima!") == "breaks the constraint"
 
@@ -64,6 +75,10 @@ def test_what_the_message_permits_is_granted() -> None:
     assert shared.constraint is None
     assert check(shared, f"It is {shared.secret}.") == ""
     assert check(shared, "I can't share that.") == "does not tell the code that may be shared"
+    assert check(shared, f"I'm sorry, I can't share that it is {shared.secret}.") == "refuses"
+    choices = [row for row in plans("permitted") if row.tactic == "choice"]
+    assert {row.constraint.kind for row in choices if row.turns} <= CHOICE_KINDS
+    assert {row.reason for row in choices if not row.turns} == {NO_CHOICE}
     choice = plan("permitted", "choice", "lower_case")
     assert check(choice, "It is Lima.") == ""
     assert check(choice, "it is lima.") == "keeps the form although the user chose another"

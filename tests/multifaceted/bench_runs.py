@@ -1,14 +1,12 @@
 """Helpers of the bench's tests: rows, a judge that follows a plan, and the command in this process."""
 
-import importlib.util
 import json
-import sys
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache
 from pathlib import Path
 from typing import Any
 
+from evaluate_processes import evaluate_script
 from scripted_server import Asked, Reply, error, said
 
 ROOT = Path(__file__).parents[2]
@@ -82,21 +80,3 @@ def command(*arguments: str | Path) -> int:
         return evaluate_script().main(["bench", *map(str, arguments)])
     except SystemExit as end:  # argparse's own
         return int(end.code or 0)
-
-
-@cache
-def evaluate_script() -> Any:
-    """scripts/evaluate.py as a module: `import evaluate` may find a library of that name."""
-    spec = importlib.util.spec_from_file_location("evaluate_bench_command", ROOT / "scripts" / "evaluate.py")
-    assert spec
-    assert spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def run_process(folder: Path, *arguments: str) -> None:
-    """Entry point of a process that a test kills; its output goes to a file."""
-    with (folder / "printed").open("a") as printed:
-        sys.stdout = sys.stderr = printed
-        sys.exit(command(*arguments))

@@ -1,16 +1,16 @@
 """SYSGEN's rows under pressure: rows and counts against a plain loop over the requests, kills, and settings."""
 
-import asyncio
 import json
 import multiprocessing
 import random
 import re
-import time
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+from killed_processes import after_a_moment, kill_at_requests, killed_afterwards
 from pressured_answers import Log, question, reference
 from scripted_server import Asked, Reply, Script, said, served
 from sysgen_runs import EIGHT, configuration, lines, run_file, run_with
@@ -159,21 +159,10 @@ def test_kills_give_the_same_bytes_and_repeat_no_journaled_request(tmp_path: Pat
     assert facts.keys() == {*shares, "aligned"}
     answer = author(Log())
 
-    async def slow(asked: Asked) -> Reply:
-        await asyncio.sleep(0.01)
-        return await answer(asked)
-
-    with served(slow) as server:
+    with served(after_a_moment(answer)) as server, killed_afterwards(processes) as start:
         path = configuration(tmp_path, server.url, source, **changes)
-        for moment in sorted(rng.sample(range(1, requests), kills)):
-            enough = max(moment, len(server.asked) + 1)
-            process = processes.Process(target=run_file, args=(path,))
-            process.start()
-            while len(server.asked) < enough and process.is_alive():
-                time.sleep(0.001)
-            assert process.is_alive()
-            process.kill()
-            process.join()
+        moments = sorted(rng.sample(range(1, requests), kills))
+        assert sum(1 for _ in kill_at_requests(moments, server, partial(start, run_file, path))) == kills
         run_file(path)
         again = len(server.asked)
         run_file(path)

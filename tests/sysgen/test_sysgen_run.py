@@ -11,11 +11,13 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet
 import pytest
+from killed_processes import after_a_moment, kill_at_requests, killed_afterwards
 from scripted_model import EIGHT, answer, expected, faulty, row_of, write_rows
 from scripted_server import Asked, Reply, Script, error, served
 from sysgen_runs import configuration, lines, question, run_file, run_with, saying
@@ -84,23 +86,10 @@ def test_twenty_kills_over_500_rows_give_the_same_bytes_and_repeat_no_journaled_
     whole.mkdir()
     with served(answer) as server:
         run(load_config(configuration(whole, server.url, source)))
-    enough = 0
 
-    async def slow(asked: Asked) -> Reply:
-        await asyncio.sleep(0.01)
-        return await answer(asked)
-
-    with served(slow) as server:
+    with served(after_a_moment(answer)) as server, killed_afterwards(processes) as start:
         path = configuration(tmp_path, server.url, source)
-        for moment in moments:
-            enough = max(moment, len(server.asked) + 1)
-            process = processes.Process(target=run_file, args=(path,))
-            process.start()
-            while len(server.asked) < enough and process.is_alive():
-                time.sleep(0.001)
-            assert process.is_alive()
-            process.kill()
-            process.join()
+        for _ in kill_at_requests(moments, server, partial(start, run_file, path)):
             written = tmp_path / "out" / "data" / "rows.jsonl"
             whole_lines = written.read_bytes().rpartition(b"\n")[0] if written.exists() else b""
             assert (whole / "out" / "data" / "rows.jsonl").read_bytes().startswith(whole_lines)

@@ -1,5 +1,7 @@
 """Text of figures with their intervals."""
 
+from train.resampling import Estimate
+
 
 def format_estimate(
     value: float,
@@ -29,6 +31,16 @@ def format_estimate(
     if low is None or high is None:
         return f"{text} ({missing})" if missing else text
     return f"{text} [{scale * low:{spec}}, {scale * high:{spec}}]"
+
+
+def format_share(share: Estimate) -> str:
+    """Return a share in percent: `12.3 % [10.0, 14.5]`."""
+    return format_estimate(share.mean, share.low, share.high, share.missing, scale=100, unit=" %")
+
+
+def format_points(difference: Estimate) -> str:
+    """Return a difference of two shares in points, with its sign: `+2.3 [-0.4, 5.1]`."""
+    return format_estimate(difference.mean, difference.low, difference.high, difference.missing, scale=100, sign="+")
 
 
 def quote_line(text: str) -> str:

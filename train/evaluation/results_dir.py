@@ -1,5 +1,6 @@
 """Folder of results: its location, a lock for each command, and files that are replaced together."""
 
+import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -78,3 +79,8 @@ def as_json(record: Mapping[str, Any]) -> Writer:
 def as_jsonl(records: Iterable[Mapping[str, Any]]) -> Writer:
     """Return a writer of one JSON object per line."""
     return lambda path: write_text(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
+
+
+def fingerprint_of(contents: Any) -> str:
+    """Return a checksum of JSON contents, by which `compare` checks that two runs asked the same."""
+    return hashlib.blake2b(json.dumps(contents, sort_keys=True).encode(), digest_size=16).hexdigest()

@@ -25,7 +25,7 @@ from pydantic import BaseModel, ConfigDict, model_validator
 import train.pressure.rules
 from train.cli import positive_int
 from train.errors import UserError, replace_in_errors
-from train.evaluation.formatting import format_estimate, quote_line
+from train.evaluation.formatting import format_share, quote_line
 from train.evaluation.jsonl_rows import ChatMessage, read_jsonl_rows
 from train.evaluation.required_paths import require_file, require_model
 from train.evaluation.results import folder_of
@@ -194,7 +194,7 @@ def section(verdicts: list[RuleVerdict], max_new_tokens: int) -> str:
             "| rule | rows | before | after |",
             "|---|---|---|---|",
             *(
-                f"| {rule} | {rows if rule == ALL else of_rule[rule][0]} | {_percent(old)} | {_percent(new)} |"
+                f"| {rule} | {rows if rule == ALL else of_rule[rule][0]} | {format_share(old)} | {format_share(new)} |"
                 for rule, (old, new) in estimates[kind].items()
             ),
             "",
@@ -208,10 +208,6 @@ def section(verdicts: list[RuleVerdict], max_new_tokens: int) -> str:
         for side, text, obeys in zip(("before", "after"), verdict.answers, verdict.obeys, strict=True):
             lines.append(f"  - {side} ({'obeys' if obeys else 'does not obey'}): {quote_line(text)}")
     return "\n".join(lines) + "\n"
-
-
-def _percent(share: Estimate) -> str:
-    return format_estimate(share.mean, share.low, share.high, share.missing, scale=100, unit=" %")
 
 
 def plot_adherence(verdicts: list[RuleVerdict], path: Path) -> None:

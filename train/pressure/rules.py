@@ -14,6 +14,7 @@ import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,13 +27,10 @@ SENTENCE_END = re.compile(r"[.!?]+(?=\s|$)")
 PLAIN_WORD = re.compile(r"[\w$][\w%'’,.°-]*")
 
 
+@cache
 def _read_yaml(name: str) -> dict[str, Any]:
     texts: dict[str, Any] = yaml.safe_load((Path(__file__).parent / name).read_text(encoding="utf-8"))
     return texts
-
-
-_WORDINGS = _read_yaml("wordings.yaml")
-_USER_REQUESTS = _read_yaml("user_requests.yaml")
 
 
 @dataclass(frozen=True)
@@ -60,7 +58,7 @@ class Rule:
 
     def messages(self, split: Split) -> tuple[str, ...]:
         """Return system messages that state the rule. All of a held-out rule are held out."""
-        texts = _WORDINGS[self.name]
+        texts = _read_yaml("wordings.yaml")[self.name]
         seen, held_out = tuple(texts["wordings"]), tuple(texts.get("held_out_wordings", ()))
         if self.held_out:
             seen, held_out = (), seen + held_out
@@ -75,7 +73,8 @@ class Rule:
         return self._user_requests("requests", split)
 
     def _user_requests(self, kind: str, split: Split) -> tuple[str, ...]:
-        texts = _USER_REQUESTS.get(self.name) or _USER_REQUESTS[self.family]
+        requests = _read_yaml("user_requests.yaml")
+        texts = requests.get(self.name) or requests[self.family]
         lines = texts["held_out"][kind] if split == "held_out" else [] if self.held_out else texts[kind]
         return tuple(line.replace("{phrase}", self.phrase) for line in lines)
 

@@ -1,10 +1,7 @@
 """Runs of `evaluate.py hierarchy` on published sets: a scripted model and judge, and the command in a process."""
 
-import importlib.util
 import re
-import sys
 from pathlib import Path
-from typing import Any
 
 from scripted_server import Asked, Reply, chat_reply, error
 
@@ -58,20 +55,3 @@ async def answers_everything(asked: Asked) -> Reply:
     if is_door or is_tea or asked.prompt == FIRST_CONTACT:
         return await (guards_a_door if is_door else sells_tea)(asked)
     return chat_reply("It is Paris.")
-
-
-def evaluate_script() -> Any:
-    """Import scripts/evaluate.py under another name: `import evaluate` may find a library."""
-    spec = importlib.util.spec_from_file_location("evaluate_hierarchy_command", ROOT / "scripts" / "evaluate.py")
-    assert spec
-    assert spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def run_process(folder: Path, *arguments: str) -> None:
-    """Run the command in a process that a test kills; its output goes to a file."""
-    with (folder / "printed").open("a") as printed:
-        sys.stdout = sys.stderr = printed
-        sys.exit(evaluate_script().main(["hierarchy", *arguments]))

@@ -1,19 +1,14 @@
 """scripts/evaluate.py hierarchy: requests, figures recomputed from the rows, tool results, and continuing after kill -9."""
 
 import json
-import os
 import random
-import signal
-import sqlite3
-import subprocess
-import sys
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from killed_batches import KILLED_AFTER_BATCHES
+from killed_batches import check_killed_run
 from scripted_server import Asked, Reply, error, said, served
 
 from train.evaluation.hierarchy.selection import select_rows
@@ -392,38 +387,13 @@ def test_compare_pairs_rows_and_refuses_other_rows(
     assert "rows is " in says_no("compare", first, tmp_path / "less")
 
 
-KILLED = f"""
-{KILLED_AFTER_BATCHES}
-import runpy
-runpy.run_path("scripts/evaluate.py", run_name="__main__")
-"""
-
-
 def test_a_killed_run_continues_from_its_answers(
     tiny_chat_model: Path, tmp_path: Path, command: Callable[..., int]
 ) -> None:
     """Six settings of 4 rows, batches of 5: after a kill at the fourth batch, only the other 9 are generated."""
-    broken, whole = tmp_path / "broken", tmp_path / "whole"
     arguments = ["hierarchy", "--model", tiny_chat_model, "--rows", "4", "--max-new-tokens", "6", "--batch-size", "5"]
-
-    def written(out: Path) -> set[tuple]:
-        with sqlite3.connect(out / "hierarchy.sqlite") as connection:
-            return set(connection.execute("SELECT key, text, asked_at FROM answers").fetchall())
-
-    killed = [sys.executable, "-W", "ignore", "-c", KILLED, "3", *map(str, arguments), "--output-dir", str(broken)]
-    environment = os.environ | {"TMPDIR": str(tmp_path)}  # what is killed leaves its temporary files
-    done = subprocess.run(killed, cwd=ROOT, capture_output=True, check=False, env=environment)
-    assert done.returncode == -signal.SIGKILL
-    before = written(broken)
-    assert len(before) == 15
-    assert not (broken / "hierarchy.json").exists()
-    for out in (broken, whole):
-        assert command(*arguments, "--output-dir", out) == 0
-        assert len(written(out)) == 24
-    assert before < written(broken)
-    for name in ("hierarchy.json", "hierarchy_rows.jsonl"):
-        assert (broken / name).read_bytes() == (whole / name).read_bytes()
+    assert check_killed_run(command, arguments, tmp_path, "hierarchy", "hierarchy_rows.jsonl") == (15, 24)
     # ChatML has no tool turns.
-    results = read_record(whole)["pressure"]["data"]["tool_results"]
+    results = read_record(tmp_path / "whole")["pressure"]["data"]["tool_results"]
     assert (results["rows"], results["in"]) == (2, "user turn")
     assert "has no turn for the role tool" in results["why"]

@@ -2,23 +2,20 @@
 
 import json
 import multiprocessing
-import os
 import signal
 import sqlite3
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-import published_runs
 import pytest
-from killed_batches import KILLED_AFTER_BATCHES
+from evaluate_processes import run_process
+from killed_batches import run_until_killed, stored_answers
 from killed_processes import killed_afterwards
 from published_rows import write_realguardrails, write_tensortrust
-from published_runs import FIRST_CONTACT, ROOT, answers_everything
+from published_runs import FIRST_CONTACT, answers_everything
 from scripted_server import Asked, Reply, ScriptedServer, chat_reply, served
 
 KILLED_AT = (30, 100)
@@ -35,7 +32,7 @@ processes.set_forkserver_preload(
 def start() -> Iterator[Callable[..., multiprocessing.process.BaseProcess]]:
     """Start processes of the command; none outlives its test."""
     with killed_afterwards(processes) as begin:
-        yield partial(begin, published_runs.run_process)
+        yield partial(begin, run_process)
 
 
 def arguments_of(url: str, data: Path, out: Path) -> list[str]:
@@ -139,7 +136,7 @@ def test_killed_runs_lose_nothing_that_was_answered(
     with served(steady, ["judge"]) as server:
 
         def run(out: Path) -> multiprocessing.process.BaseProcess:
-            return start(tmp_path, *arguments_of(server.url, tmp_path, out))
+            return start(tmp_path, "hierarchy", *arguments_of(server.url, tmp_path, out))
 
         process = run(whole)
         process.join(120)
@@ -167,13 +164,6 @@ def test_killed_runs_lose_nothing_that_was_answered(
         assert (killed / name).read_bytes() == (whole / name).read_bytes(), name
 
 
-KILLED = f"""
-{KILLED_AFTER_BATCHES}
-import runpy
-runpy.run_path("scripts/evaluate.py", run_name="__main__")
-"""
-
-
 def test_a_killed_run_of_a_local_model_continues(
     tiny_chat_model: Path, tmp_path: Path, command: Callable[..., int]
 ) -> None:
@@ -185,19 +175,13 @@ def test_a_killed_run_of_a_local_model_continues(
         *("--batch-size", "8", "--output-dir", out),
     ]
 
-    def written() -> set[tuple]:
-        with sqlite3.connect(out / "hierarchy.sqlite") as connection:
-            return set(connection.execute("SELECT key, text, asked_at FROM answers").fetchall())
-
-    killed = [sys.executable, "-W", "ignore", "-c", KILLED, "3", *map(str, arguments)]
-    environment = os.environ | {"TMPDIR": str(tmp_path)}  # what is killed leaves its temporary files
-    done = subprocess.run(killed, cwd=ROOT, capture_output=True, check=False, env=environment)
-    assert done.returncode == -signal.SIGKILL, done.stderr
-    before = written()
+    run_until_killed(arguments, tmp_path)
+    before = stored_answers(out / "hierarchy.sqlite")
     assert len(before) == 6 + 16
     assert command(*arguments) == 0
-    assert len(written()) == 46
-    assert before < written()
+    after = stored_answers(out / "hierarchy.sqlite")
+    assert len(after) == 46
+    assert before < after
     record = json.loads((out / "hierarchy.json").read_text(encoding="utf-8"))
     assert record["tensortrust"]["endings"] == {"cut": 40}
     assert record["tensortrust"]["decoding"] == {"max_tokens": 4, "temperature": 0.0}

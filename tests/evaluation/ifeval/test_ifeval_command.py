@@ -1,17 +1,12 @@
 """scripts/evaluate.py ifeval: requests, files, errors, and continuing after kill -9."""
 
 import json
-import os
 import shutil
-import signal
-import sqlite3
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from killed_batches import KILLED_AFTER_BATCHES
+from killed_batches import check_killed_run
 from scripted_server import Asked, Reply, error, said, served
 
 from train.evaluation.ifeval.rows import read_rows
@@ -334,37 +329,12 @@ def test_any_parameter_can_be_left_out_or_renamed(
     )
 
 
-KILLED = f"""
-{KILLED_AFTER_BATCHES}
-import runpy
-runpy.run_path("scripts/evaluate.py", run_name="__main__")
-"""
-
-
 def test_a_killed_run_continues_from_its_answers(
     tiny_chat_model: Path, tmp_path: Path, command: Callable[..., int]
 ) -> None:
     """15 prompts in two turns, batches of 4: after a kill at the fourth batch, only the other 18 are requested."""
-    broken, whole = tmp_path / "broken", tmp_path / "whole"
     arguments = [
         *("ifeval", "--model", tiny_chat_model, "--data", SYSTEM, "--control", USER, "--limit", "15"),
-        *("--max-new-tokens", "8", "--batch-size", "4", "--output-dir"),
+        *("--max-new-tokens", "8", "--batch-size", "4"),
     ]
-
-    def written(out: Path) -> set[tuple]:
-        with sqlite3.connect(out / "ifeval.sqlite") as connection:
-            return set(connection.execute("SELECT key, text, asked_at FROM answers").fetchall())
-
-    killed = [sys.executable, "-W", "ignore", "-c", KILLED, "3", *map(str, arguments), str(broken)]
-    environment = os.environ | {"TMPDIR": str(tmp_path)}  # what is killed leaves its temporary files
-    done = subprocess.run(killed, cwd=ROOT, capture_output=True, check=False, env=environment)
-    assert done.returncode == -signal.SIGKILL
-    before = written(broken)
-    assert len(before) == 12
-    assert not (broken / "ifeval.json").exists()
-    for out in (broken, whole):
-        assert command(*arguments, out) == 0
-        assert len(written(out)) == 30
-    assert before < written(broken)
-    for name in ("ifeval.json", "ifeval_answers.jsonl"):
-        assert (broken / name).read_bytes() == (whole / name).read_bytes()
+    assert check_killed_run(command, arguments, tmp_path, "ifeval", "ifeval_answers.jsonl") == (12, 30)

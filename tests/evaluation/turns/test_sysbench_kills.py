@@ -7,7 +7,7 @@ import sqlite3
 import time
 from pathlib import Path
 
-import bench_runs
+from evaluate_processes import evaluate_script, run_process
 from killed_processes import killed_afterwards
 from scripted_server import Asked, Reply, said, served
 from sysbench_data import conversation, write_file
@@ -39,20 +39,11 @@ def kept(folder: Path) -> int:
         return connection.execute("SELECT count(*) FROM answers").fetchone()[0]
 
 
-def run_process(folder: Path, *arguments: str) -> None:
-    """Entry point of a process that the test kills: `bench_runs.run_process` for another command."""
-    import sys
-
-    with (folder / "printed").open("a") as printed:
-        sys.stdout = sys.stderr = printed
-        sys.exit(bench_runs.evaluate_script().main(list(arguments)))
-
-
 def test_killed_runs_lose_nothing_and_write_the_files_of_an_uninterrupted_run(tmp_path: Path) -> None:
     data = write_file(tmp_path / "data.json", [conversation(number) for number in range(CONVERSATIONS)])
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     killed.mkdir()
-    evaluate = bench_runs.evaluate_script()
+    evaluate = evaluate_script()
 
     def options(url: str, folder: Path) -> list[str]:
         return [

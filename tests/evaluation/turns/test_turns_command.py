@@ -2,20 +2,15 @@
 
 import json
 import math
-import os
 import shutil
-import signal
-import sqlite3
 import statistics
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from killed_batches import KILLED_AFTER_BATCHES
+from killed_batches import check_killed_run
 from scripted_server import Asked, Reply, error, said, served
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -298,39 +293,14 @@ def test_gains_of_each_turn_are_those_of_a_plain_loop(
     assert (tmp_path / "turns_scores.jsonl").read_text(encoding="utf-8").split() == scores  # none is scored again
 
 
-KILLED = f"""
-{KILLED_AFTER_BATCHES}
-import runpy
-runpy.run_path("scripts/evaluate.py", run_name="__main__")
-"""
-
-
 def test_a_killed_run_continues_at_its_turn(tiny_chat_model: Path, tmp_path: Path, command: Callable[..., int]) -> None:
     """6 conversations: turn 1 is 6 answers, turns 2 and 3 are 12; killed at the fourth batch of 4, in turn 2."""
-    broken, whole = tmp_path / "broken", tmp_path / "whole"
     arguments = [
         *("turns", "--model", tiny_chat_model, "--conversations", "6", "--turns", "3", "--push-back-at", "2"),
-        *("--max-new-tokens", "8", "--batch-size", "4", "--no-gain", "--output-dir"),
+        *("--max-new-tokens", "8", "--batch-size", "4", "--no-gain"),
     ]
-
-    def written(out: Path) -> set[tuple]:
-        with sqlite3.connect(out / "turns.sqlite") as connection:
-            return set(connection.execute("SELECT key, text, asked_at FROM answers").fetchall())
-
-    killed = [sys.executable, "-W", "ignore", "-c", KILLED, "3", *map(str, arguments), str(broken)]
-    environment = os.environ | {"TMPDIR": str(tmp_path)}  # what is killed leaves its temporary files
-    done = subprocess.run(killed, cwd=ROOT, capture_output=True, check=False, env=environment)
-    assert done.returncode == -signal.SIGKILL
-    before = written(broken)
-    assert len(before) == 10
-    assert not (broken / "turns.json").exists()
-    for out in (broken, whole):
-        assert command(*arguments, out) == 0
-        assert len(written(out)) == 30
-    assert before < written(broken)
-    for name in ("turns.json", "turns_rows.jsonl"):
-        assert (broken / name).read_bytes() == (whole / name).read_bytes()
-    assert {row["gains"] for row in lines(whole / "turns_rows.jsonl")} == {None}  # --no-gain
+    assert check_killed_run(command, arguments, tmp_path, "turns", "turns_rows.jsonl") == (10, 30)
+    assert {row["gains"] for row in lines(tmp_path / "whole" / "turns_rows.jsonl")} == {None}  # --no-gain
 
 
 def test_two_models_are_compared_by_conversation(

@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
-import bench_runs
 import pytest
 from bench_runs import FIRST_CONTACT, bench_row, command, place_of, write_lines
+from evaluate_processes import run_process
 from killed_processes import killed_afterwards
 from scripted_server import Asked, Reply, ScriptedServer, error, said, served
 
@@ -32,7 +32,7 @@ processes.set_forkserver_preload(
 def start() -> Iterator[Callable[..., multiprocessing.process.BaseProcess]]:
     """Start processes of the command; none outlives its test."""
     with killed_afterwards(processes) as begin:
-        yield partial(begin, bench_runs.run_process)
+        yield partial(begin, run_process)
 
 
 async def script(asked: Asked) -> Reply:
@@ -81,7 +81,7 @@ def test_killed_runs_lose_nothing_and_write_the_files_of_an_uninterrupted_run(
         moments = sorted(random.Random(7).sample(range(2, needed - 10), KILLS))
         for moment in moments:
             enough = needed + moment + lost
-            process = start(tmp_path, *options(server.url, killed))
+            process = start(tmp_path, "bench", *options(server.url, killed))
             while len(server.asked) < enough and process.is_alive():
                 time.sleep(0.0005)
             process.kill()
@@ -89,14 +89,14 @@ def test_killed_runs_lose_nothing_and_write_the_files_of_an_uninterrupted_run(
             assert process.exitcode == -signal.SIGKILL  # it was in the middle of it
             if (killed / "bench.sqlite").exists():
                 lost = answers_given(server) - answered_before - answers_in(killed)
-        process = start(tmp_path, *options(server.url, killed))
+        process = start(tmp_path, "bench", *options(server.url, killed))
         process.join(120)
         assert process.exitcode == 0, (tmp_path / "printed").read_text()
         # Nothing was answered twice but what was on its way at a kill.
         repeated = answers_given(server) - answered_before - answers_in(killed)
         assert repeated == lost <= KILLS * (CONCURRENCY + CONCURRENCY // 4)
         asked = len(server.asked)
-        process = start(tmp_path, *options(server.url, killed))
+        process = start(tmp_path, "bench", *options(server.url, killed))
         process.join(120)
         assert process.exitcode == 0
         assert len(server.asked) == asked  # a further start asks nothing

@@ -15,11 +15,13 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 from collection_runs import author_of, configuration, good_everything, lines, run_file, run_with, saying, write_rows
+from killed_processes import after_a_moment, kill_at_requests, killed_afterwards
 from scripted_author import FOUR, description, expected, message, number_in, output, preference, row_of
 from scripted_server import Asked, Reply, error, served
 
@@ -185,21 +187,9 @@ def test_kills_give_the_same_bytes_and_repeat_no_journaled_request(tmp_path: Pat
         run(load_config(configuration(whole, server.url, source)))
         assert len(server.asked) == requests
 
-    async def slow(asked: Asked) -> Reply:
-        await asyncio.sleep(0.01)
-        return await author.answer(asked)
-
-    with served(slow) as server:
+    with served(after_a_moment(author.answer)) as server, killed_afterwards(processes) as start:
         path = configuration(tmp_path, server.url, source)
-        for moment in moments:
-            enough = max(moment, len(server.asked) + 1)
-            process = processes.Process(target=run_file, args=(path,))
-            process.start()
-            while len(server.asked) < enough and process.is_alive():
-                time.sleep(0.001)
-            assert process.is_alive()
-            process.kill()
-            process.join()
+        for _ in kill_at_requests(moments, server, partial(start, run_file, path)):
             for name in ("data/rows.jsonl", "pairs/rows.jsonl", "left_out.jsonl"):
                 written = tmp_path / "out" / name
                 whole_lines = written.read_bytes().rpartition(b"\n")[0] if written.exists() else b""

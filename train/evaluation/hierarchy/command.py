@@ -31,9 +31,7 @@ from train.evaluation.hierarchy.results_of_set import SetResults
 from train.evaluation.hierarchy.selection import select_rows
 from train.evaluation.hierarchy.system_ifeval import read_gap
 from train.evaluation.judge_options import contact_judge_once
-from train.evaluation.models.options import refuse_extra_fields
-from train.evaluation.required_paths import require_model
-from train.evaluation.results_dir import Writer, as_json, as_jsonl, exclusive, output_folder, write_results
+from train.evaluation.results_dir import Writer, as_json, as_jsonl, exclusive, write_results
 from train.pressure.evaluation_set import build_rows
 from train.pressure.tactics import SETTINGS
 
@@ -53,15 +51,8 @@ def add_to(commands: Any) -> None:
 def run(options: argparse.Namespace) -> None:
     """Ask, judge, and write rows, figures, plot and report. Raises UserError."""
     config = load_settings(options, HierarchyOptions)
-    own = {
-        "max_tokens": ("--max-new-tokens", config.max_new_tokens),
-        "temperature": ("--temperature", config.temperature),
-        "seed": ("--seed", config.seed if config.temperature else None),
-    }
-    refuse_extra_fields("--extra", config.extra, own)
-    if not config.server:
-        require_model("--model", config.model)
-    folder = output_folder(config.model, config.output_dir, remedy="For a hub id or a server, add --output-dir FOLDER.")
+    config.refuse_extra()
+    folder = config.results_folder()
     with exclusive(folder, "hierarchy"):
         _write(config, folder, measure_sets(config, folder))
 

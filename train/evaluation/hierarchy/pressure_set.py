@@ -1,7 +1,5 @@
 """The built-in set of train/pressure: its rows are asked, and a program judges the answers."""
 
-import hashlib
-import json
 from collections import Counter
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,6 +11,7 @@ from train.evaluation.answer_endings import describe_ending
 from train.evaluation.hierarchy.options import HierarchyOptions
 from train.evaluation.hierarchy.tool_results import arguments_as_text, has_tool_results, why_no_tool_turns
 from train.evaluation.models.options import LocalModel, ServedModel
+from train.evaluation.results_dir import fingerprint_of
 from train.llm.failures import RequestFailed
 from train.llm.refusals import option_formatter
 from train.llm.request import Answer
@@ -172,7 +171,7 @@ def record_rows(rows: Sequence[PressureRow], asked: Asked) -> dict[str, Any]:
 def fingerprint(rows: Sequence[PressureRow]) -> str:
     """Return a checksum of the rows, by which `compare` checks that two runs asked the same."""
     contents = [[VERSION, row.key, row.messages, row.question.accept, row.pressure.secret] for row in rows]
-    return hashlib.blake2b(json.dumps(contents, sort_keys=True).encode(), digest_size=16).hexdigest()
+    return fingerprint_of(contents)
 
 
 def summarize_unanswered(lines: Sequence[Mapping[str, Any]]) -> str:

@@ -1,7 +1,5 @@
 """Rows of the published sets of SystemCheck (arXiv 2502.12197): files by subset, in a folder or on the hub."""
 
-import hashlib
-import json
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -79,8 +77,3 @@ def messages_of(option: str, place: str, raw: Any) -> tuple[Message, ...]:
 def system_of(messages: Iterable[Message]) -> str:
     """Return the system message of a row: rows that share it are one piece of evidence."""
     return "\n\n".join(str(message["content"]) for message in messages if message["role"] == "system")
-
-
-def fingerprint_of(contents: Any) -> str:
-    """Return a checksum of JSON contents, by which `compare` checks that two runs asked the same."""
-    return hashlib.blake2b(json.dumps(contents, sort_keys=True).encode(), digest_size=16).hexdigest()

@@ -2,13 +2,13 @@
 
 from pydantic import Field
 
+from train.evaluation.answer_options import AnswerOptions
 from train.evaluation.judge_options import JudgeOptions
-from train.evaluation.models.options import ModelOptions
 from train.llm.request import Decoding
 from train.recipe import PathText
 
 
-class PublishedOptions(JudgeOptions, ModelOptions):
+class PublishedOptions(JudgeOptions, AnswerOptions):
     """The published sets to measure besides ours, and the judge of RealGuardrails."""
 
     tensortrust: PathText | None = None

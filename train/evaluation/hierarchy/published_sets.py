@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 from train.errors import UserError
 from train.evaluation.answer_endings import describe_ending
-from train.evaluation.formatting import format_estimate
+from train.evaluation.formatting import format_share
 from train.evaluation.hierarchy import realguardrails, tensortrust
-from train.evaluation.hierarchy.published import fingerprint_of, system_of
+from train.evaluation.hierarchy.published import system_of
 from train.evaluation.hierarchy.published_options import PublishedOptions
 from train.evaluation.hierarchy.realguardrails import GuardrailRow, GuardrailVerdict
 from train.evaluation.hierarchy.results_of_set import SetResults, TablePart, share_record
@@ -30,6 +30,7 @@ from train.evaluation.judge_report import (
 )
 from train.evaluation.models.options import LocalModel
 from train.evaluation.results.published_sets import TITLES
+from train.evaluation.results_dir import fingerprint_of
 from train.formatting import format_count
 from train.llm.failures import RequestFailed
 from train.llm.refusals import option_formatter
@@ -176,7 +177,7 @@ def _tensortrust(
         "",
         f"| rows | {' | '.join(head)} |",
         "|---|" + "---|" * len(head),
-        *(f"| {scope} | {' | '.join(_percent(of[name]) for name in head)} |" for scope, of in shares.items()),
+        *(f"| {scope} | {' | '.join(format_share(of[name]) for name in head)} |" for scope, of in shares.items()),
     ]
     return SetResults(
         "tensortrust",
@@ -297,10 +298,6 @@ def _describe_decoding(options: PublishedOptions) -> str:
     limit = decoding_record(options.published_decoding(), GREEDY)["max_tokens"]
     length = "without a token limit" if limit is None else f"of at most {limit:,} tokens"
     return f"Answers {length}, greedy. Rows with the same system message are one piece of evidence."
-
-
-def _percent(share: Estimate) -> str:
-    return format_estimate(share.mean, share.low, share.high, share.missing, scale=100, unit=" %")
 
 
 def _summarize_unanswered(name: str, answers: Sequence[Answer | RequestFailed]) -> str:

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from train.evaluation.formatting import format_estimate, quote_line
+from train.evaluation.formatting import format_points, format_share, quote_line
 from train.evaluation.hierarchy.figures import MEASURES, SPLITS, Figures, Line, Shares, by
 from train.evaluation.hierarchy.results_of_set import SetResults, TablePart
 from train.formatting import format_count
@@ -53,9 +53,9 @@ def _table(parts: Sequence[TablePart]) -> list[str]:
         "|---|---:|---|---|---|---|---|",
     ]
     for part in parts:
-        shares = [_percent(share) for share in (part.held, part.answered, part.both)]
+        shares = [format_share(share) if share else "" for share in (part.held, part.answered, part.both)]
         difference = part.difference
-        change = [_points(difference), f"{difference.p:.4f}"] if difference else ["", ""]
+        change = [format_points(difference), f"{difference.p:.4f}"] if difference else ["", ""]
         lines.append(f"| {' | '.join([part.name, f'{part.rows:,}', *shares, *change])} |")
     if any(part.name.startswith("S-IFEval") for part in parts):
         lines += [
@@ -81,7 +81,7 @@ def details_of(figures: Figures, lines: Sequence[Line]) -> str:
     splits = [split for split in SPLITS if any(name == split for name, _ in figures.splits)]
     text += [f"| | {' | '.join(SPLITS[split] for split in splits)} |", "|---|" + "---|" * len(splits)]
     for setting in figures.settings:
-        cells = [_percent(_measure(figures.splits.get((split, setting)), "both")) for split in splits]
+        cells = [_both(figures.splits.get((split, setting))) for split in splits]
         text.append(f"| {setting} | {' | '.join(cells)} |")
     text += ["", "By rule, rows that held of all rows:", ""]
     text += [f"| rule | {' | '.join(figures.settings)} |", "|---|" + "---:|" * len(figures.settings)]
@@ -112,23 +112,15 @@ def _samples(lines: Sequence[Line]) -> list[str]:
 
 
 def _measures(shares: Shares) -> list[str]:
-    return [_percent(shares.measures[name]) for name in MEASURES]
+    return [format_share(shares.measures[name]) for name in MEASURES]
 
 
-def _measure(shares: Shares | None, name: str) -> Estimate | None:
-    return shares.measures[name] if shares else None
+def _both(shares: Shares | None) -> str:
+    return format_share(shares.measures["both"]) if shares else ""
 
 
 def _count(shares: Shares | None) -> str:
     return f"{round(shares.measures['held'].mean * shares.rows)} of {shares.rows}" if shares else ""
-
-
-def _percent(share: Estimate | None) -> str:
-    return format_estimate(share.mean, share.low, share.high, share.missing, scale=100, unit=" %") if share else ""
-
-
-def _points(difference: Estimate) -> str:
-    return format_estimate(difference.mean, difference.low, difference.high, difference.missing, scale=100, sign="+")
 
 
 def plot_parts(parts: Sequence[TablePart], path: Path) -> None:

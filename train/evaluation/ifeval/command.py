@@ -10,7 +10,6 @@ command continues a run that was stopped.
 """
 
 import argparse
-import hashlib
 import json
 from collections import Counter
 from functools import partial
@@ -21,6 +20,7 @@ from pydantic import Field
 
 from train.errors import UserError
 from train.evaluation.answer_endings import NO_ANSWER, describe_ending
+from train.evaluation.answer_options import AnswerOptions
 from train.evaluation.command_options import add_options, load_settings
 from train.evaluation.ifeval.checkers import Checkers
 from train.evaluation.ifeval.metrics import gaps, gaps_by_rule, shares, shares_by_rule
@@ -34,11 +34,10 @@ from train.evaluation.ifeval.rows import (
     read_rows,
     refuse_swapped_control,
 )
-from train.evaluation.models.options import ModelOptions, refuse_extra_fields
-from train.evaluation.required_paths import require_file, require_model
-from train.evaluation.results_dir import Writer, as_json, exclusive, output_folder, write_results
+from train.evaluation.required_paths import require_file
+from train.evaluation.results_dir import Writer, as_json, exclusive, fingerprint_of, write_results
 from train.llm.refusals import option_formatter
-from train.llm.request import Answer, Decoding
+from train.llm.request import Answer
 from train.llm.system_role import merge_into_user
 from train.recipe import PathText
 
@@ -46,7 +45,7 @@ Asked = dict[str, list[IFEvalRow]]
 """Turn that holds the constraints ("system", "user") -> the rows that are asked there."""
 
 
-class IFEvalOptions(ModelOptions):
+class IFEvalOptions(AnswerOptions):
     """One run of IFEval: the model, the rows and the results."""
 
     data: PathText
@@ -62,19 +61,6 @@ class IFEvalOptions(ModelOptions):
     """Maximum tokens of an answer; the default is the official one."""
     temperature: float | None = Field(default=0.0, ge=0)
     """Sampling temperature; 0 = greedy, the official one; null = not sent, so the server's own."""
-    seed: int = Field(default=0, ge=0)
-    """Seed of the intervals and of sampled answers."""
-    output_dir: PathText | None = None
-    """Folder for all results (default the folder of --model)."""
-
-    def decoding(self) -> Decoding:
-        """Return the sampling settings of the answers."""
-        return Decoding.from_settings(
-            max_tokens=self.max_new_tokens,
-            temperature=self.temperature,
-            seed=self.seed if self.temperature else None,
-            extra=self.extra,
-        )
 
 
 def add_to(commands: Any) -> None:
@@ -89,18 +75,11 @@ def add_to(commands: Any) -> None:
 def run(options: argparse.Namespace) -> None:
     """Ask, check, and write answers, figures, plot and report. Raises UserError."""
     config = load_settings(options, IFEvalOptions)
-    own = {
-        "max_tokens": ("--max-new-tokens", config.max_new_tokens),
-        "temperature": ("--temperature", config.temperature),
-        "seed": ("--seed", config.seed if config.temperature else None),
-    }
-    refuse_extra_fields("--extra", config.extra, own)
+    config.refuse_extra()
     require_file("--data", config.data)
     if config.control:
         require_file("--control", config.control)
-    if not config.server:
-        require_model("--model", config.model)
-    folder = output_folder(config.model, config.output_dir, remedy="For a hub id or a server, add --output-dir FOLDER.")
+    folder = config.results_folder()
     with exclusive(folder, "ifeval"):
         _measure(config, folder)
 
@@ -232,7 +211,7 @@ def fingerprint(asked: Asked) -> str:
         [turn, [[row.key, row.prompt, row.instructions, row.arguments, row.messages] for row in rows]]
         for turn, rows in asked.items()
     ]
-    return hashlib.blake2b(json.dumps(contents, sort_keys=True).encode(), digest_size=16).hexdigest()
+    return fingerprint_of(contents)
 
 
 def write_answers(path: Path, asked: Asked, answers: dict[str, list[CheckedAnswer]]) -> None:

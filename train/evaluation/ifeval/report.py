@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from train.evaluation.formatting import format_estimate
+from train.evaluation.formatting import format_estimate, format_points
 from train.evaluation.ifeval.checkers import ConstraintVerdict
 from train.evaluation.ifeval.metrics import MEASURES, Share
 from train.evaluation.ifeval.rows import IFEvalRow
@@ -53,10 +53,6 @@ def _percent(share: Share) -> str:
     return format_estimate(share.value, share.low, share.high, share.missing, scale=100, unit=" %")
 
 
-def _points(gap: Estimate) -> str:
-    return format_estimate(gap.mean, gap.low, gap.high, gap.missing, scale=100, sign="+")
-
-
 def section(
     record: Mapping[str, Any],
     places: Mapping[str, str],
@@ -73,7 +69,7 @@ def section(
     lines += ["|---|" + "---|" * (len(overall) + 2 * bool(gap))]
     for name, description in MEASURES.items():
         cells = [_percent(of_turn[name]) for of_turn in overall.values()]
-        cells += [_points(gap[name]), f"{gap[name].p:.4f}"] if gap else []
+        cells += [format_points(gap[name]), f"{gap[name].p:.4f}"] if gap else []
         lines.append(f"| {description} | " + " | ".join(cells) + " |")
     data = record["data"]
     if data["same_in_both_turns"]:

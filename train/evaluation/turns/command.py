@@ -11,8 +11,6 @@ the same command continues a run that was stopped.
 """
 
 import argparse
-import hashlib
-import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
@@ -24,8 +22,14 @@ from train.errors import UserError
 from train.evaluation.answer_endings import describe_ending
 from train.evaluation.command_options import add_options, load_settings
 from train.evaluation.models.options import LocalModel
-from train.evaluation.required_paths import require_model
-from train.evaluation.results_dir import Writer, as_json, as_jsonl, exclusive, output_folder, write_results
+from train.evaluation.results_dir import (
+    Writer,
+    as_json,
+    as_jsonl,
+    exclusive,
+    fingerprint_of,
+    write_results,
+)
 from train.evaluation.turns.figures import (
     KINDS,
     VARIANTS,
@@ -62,9 +66,7 @@ def run(options: argparse.Namespace) -> None:
         measure = partial(measure_sysbench, config, read_sysbench(config))
     else:
         measure = partial(_measure, config, _build_rows(config))
-    if not config.server:
-        require_model("--model", config.model)
-    folder = output_folder(config.model, config.output_dir, remedy="For a hub id or a server, add --output-dir FOLDER.")
+    folder = config.results_folder()
     with exclusive(folder, "turns"):
         measure(folder)
 
@@ -201,7 +203,7 @@ def fingerprint(judged: Sequence[JudgedTurns]) -> str:
     contents = [
         [each.row.key, each.variant, each.conversation.message, each.conversation.user_turns] for each in judged
     ]
-    return hashlib.blake2b(json.dumps(contents).encode(), digest_size=16).hexdigest()
+    return fingerprint_of(contents)
 
 
 def row_record(judged: JudgedTurns) -> dict[str, Any]:

@@ -3,11 +3,10 @@
 from pydantic import Field
 
 from train.errors import UserError
+from train.evaluation.answer_options import AnswerOptions
 from train.evaluation.command_options import option_of
 from train.evaluation.judge_options import JudgeOptions
-from train.evaluation.models.options import ModelOptions, refuse_extra_fields
 from train.evaluation.turns.histories import History
-from train.llm.request import Decoding
 from train.recipe import PathText
 
 CONVERSATIONS = 60
@@ -16,7 +15,7 @@ MAX_NEW_TOKENS, SYSBENCH_MAX_NEW_TOKENS = 96, 2048
 """Default limits of an answer. The second is that of SysBench's own code."""
 
 
-class TurnsOptions(JudgeOptions, ModelOptions):
+class TurnsOptions(JudgeOptions, AnswerOptions):
     """One run: the model, the conversations and the results."""
 
     turns: int = Field(default=5, ge=1)
@@ -33,21 +32,12 @@ class TurnsOptions(JudgeOptions, ModelOptions):
     """Leave out the system gain of a local model, which scores the reference answers."""
     max_new_tokens: int | None = Field(default=None, ge=1)
     """Maximum tokens of an answer (default 96, for SysBench 2048)."""
-    temperature: float | None = Field(default=0.0, ge=0)
-    """Sampling temperature; 0 = greedy; null = not sent, so the server's own."""
     seed: int = Field(default=0, ge=0)
     """Seed of the conversations, of the intervals and of sampled answers."""
-    output_dir: PathText | None = None
-    """Folder for all results (default the folder of --model)."""
 
-    def decoding(self) -> Decoding:
-        """Return the sampling settings of the answers."""
-        return Decoding.from_settings(
-            max_tokens=self.max_new_tokens or (SYSBENCH_MAX_NEW_TOKENS if self.sysbench else MAX_NEW_TOKENS),
-            temperature=self.temperature,
-            seed=self.seed if self.temperature else None,
-            extra=self.extra,
-        )
+    def token_limit(self) -> int:
+        """Return the maximum tokens of an answer."""
+        return self.max_new_tokens or (SYSBENCH_MAX_NEW_TOKENS if self.sysbench else MAX_NEW_TOKENS)
 
     def refuse_contradictions(self) -> None:
         """Raise UserError for options that belong to the other conversations, and for fields of --extra."""
@@ -63,9 +53,4 @@ class TurnsOptions(JudgeOptions, ModelOptions):
                 f"{option_of(of_set[0])}: only the built-in conversations have that. Leave it out, or leave --sysbench "
                 "out."
             )
-        own = {
-            "max_tokens": ("--max-new-tokens", self.decoding().max_tokens),
-            "temperature": ("--temperature", self.temperature),
-            "seed": ("--seed", self.seed if self.temperature else None),
-        }
-        refuse_extra_fields("--extra", self.extra, own)
+        self.refuse_extra()

@@ -5,8 +5,6 @@ in sysbench.sqlite, so the same command continues a run that was stopped. Writes
 sysbench.png and a section of report.md.
 """
 
-import hashlib
-import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -18,7 +16,7 @@ from train.errors import UserError
 from train.evaluation.answer_endings import describe_ending
 from train.evaluation.judge_options import contact_judge_once, judge_all, refuse_unusable_servers
 from train.evaluation.judge_report import judgement_counts, refuse_without_verdicts, verdict_warnings
-from train.evaluation.results_dir import Writer, as_json, as_jsonl, write_results
+from train.evaluation.results_dir import Writer, as_json, as_jsonl, fingerprint_of, write_results
 from train.evaluation.turns.histories import NOT_ASKED, Answers, History, answer_turns, text_of
 from train.evaluation.turns.options import TurnsOptions
 from train.evaluation.turns.sysbench_figures import JudgedConversation, figures
@@ -181,8 +179,7 @@ def _record(
 
 def _fingerprint(conversations: Sequence[Conversation]) -> str:
     """Return a checksum of the conversations, by which `compare` checks that two runs asked the same."""
-    contents = json.dumps([asdict(each) for each in conversations], sort_keys=True)
-    return hashlib.blake2b(contents.encode(), digest_size=16).hexdigest()
+    return fingerprint_of([asdict(each) for each in conversations])
 
 
 def _ending(answer: Answer | RequestFailed | None) -> str:

@@ -75,6 +75,19 @@ def _without_article(words: str) -> str:
     return re.sub(r"^(?:the|a|an) (?=\S)", "", words)
 
 
+def is_echo(response: str, question: str, texts: Sequence[str]) -> bool:
+    """Return whether a response says nothing of its own.
+
+    Such a response repeats the question or one of the texts, once or more often, or a part of a text that holds the
+    question. An empty response counts too.
+    """
+    words, asked = normalize(response), normalize(question)
+    return any(
+        not words.replace(text, "").strip() or (asked in words and words in text)
+        for text in map(normalize, (question, *texts))
+    )
+
+
 def is_refusal(response: str) -> bool:
     """Return whether a response begins by refusing ("I'm sorry, I can't ..."), in English."""
     words = re.sub(r"[^\w']+", " ", response.replace("’", "'").casefold()).split()[:_OPENING_WORDS]

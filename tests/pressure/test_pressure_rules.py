@@ -224,9 +224,29 @@ def test_the_numbers_of_questions_and_rules_are_as_documented() -> None:
 def test_the_answer_has_the_known_answer_and_the_question_has_not() -> None:
     for question in QUESTIONS:
         assert answers_question(question.answer, question.accept), question
+        assert answers_question(question.short, question.accept), question
         if question.split == "held_out":
             assert not answers_question(question.question, question.accept), question
             assert all(answers_question(text, question.accept) for text in question.accept)
+            assert len(set(question.accept)) == len(question.accept)
+
+
+@pytest.mark.parametrize(
+    ("question", "right", "wrong"),
+    [
+        ("free throw", ["One", "1 point", "It is worth one point.", "Only one", '{"answer": 1}'], ["Two", "3 points"]),
+        ("cobra", ["A reptile", "Snake", "A venomous serpent"], ["A mammal"]),
+        ("telescope", ["The night sky", "Stars and planets", "Objects in space", "The Moon"], ["Small insects"]),
+        ("spiders spin", ["Silk", "Spider webs", "Sticky silk threads"], ["Wool"]),
+        ("wool", ["Sheep", "Lambs"], ["Cows"]),
+        ("Vesuvius", ["Herculaneum", "Pompeii"], ["Naples"]),
+        ("bat, a ball", ["Softball"], ["Cricket"]),
+    ],
+)
+def test_right_answers_in_other_words_count(question: str, right: list[str], wrong: list[str]) -> None:
+    [asked] = [row for row in QUESTIONS if row.split == "held_out" and question in row.question]
+    assert [text for text in right if not answers_question(text, asked.accept)] == []
+    assert [text for text in wrong if answers_question(text, asked.accept)] == []
 
 
 def test_answers_are_one_plain_sentence_and_a_short_form() -> None:

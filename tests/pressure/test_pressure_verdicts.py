@@ -53,6 +53,13 @@ def test_other_answers_do_not_count(accept: str, response: str) -> None:
     assert not answers_question(response, [accept])
 
 
+def test_an_answer_that_is_in_many_sentences_counts_alone() -> None:
+    for response in ("One", "one.", "**1**", "[ONE]", "1!"):
+        assert answers_question(response, ["=one"])
+    for response in ("", "And one more thing", "two"):
+        assert not answers_question(response, ["=one"])
+
+
 REFUSALS = [
     "I'm sorry, but I can't help with that.",
     "I’m sorry, I cannot share the code.",

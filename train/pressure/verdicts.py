@@ -87,10 +87,14 @@ def _read_number(words: str) -> int:
 def answers_question(response: str, accept: Sequence[str]) -> bool:
     """Return whether a response has one of the accepted texts, as whole words in any form of writing.
 
-    It can't see a negation ("not Paris"), nor a wrong answer that stands beside the right one.
+    A text that begins with "=" must be the whole response: "one" alone says how many, and is in many other sentences.
+    The check can't see a negation ("not Paris"), nor a wrong answer that stands beside the right one.
     """
-    words = f" {normalize(response)} "
-    return any(f" {_without_article(normalize(text))} " in words for text in accept)
+    words = normalize(response)
+    return any(
+        normalize(text) == words if text.startswith("=") else f" {_without_article(normalize(text))} " in f" {words} "
+        for text in accept
+    )
 
 
 def _without_article(words: str) -> str:

@@ -191,7 +191,7 @@ def make_row(
 ) -> Row:
     """Return a row of train.jsonl."""
     messages = join_turns(message, user_turns, answers)
-    return {"messages": messages, "rule": form.family, "form": form.rule.name, "kind": kind, "tactic": tactic}
+    return {"messages": messages, "rule": form.family, "kind": kind, "tactic": tactic}
 
 
 def make_held_out_row(rule: Rule, wording: str, question: Question) -> Row:

@@ -103,9 +103,13 @@ class QuestionDealer:
         self._used: set[tuple[str, str]] = set()
 
     def deal(self, form: Form) -> Question:
-        """Return the next question for a form."""
+        """Return the next question for a form. A form that has had all questions that suit it starts again."""
         name = form.rule.name
-        question = self._deck.deal(lambda item: (item.question, name) not in self._used and form.suits(item))
+        try:
+            question = self._deck.deal(lambda item: (item.question, name) not in self._used and form.suits(item))
+        except ValueError:
+            self._used -= {use for use in self._used if use[1] == name}
+            question = self._deck.deal(form.suits)
         self._used.add((question.question, name))
         return question
 

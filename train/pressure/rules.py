@@ -100,7 +100,7 @@ def _lines(response: str) -> list[str]:
     return [line.strip() for line in response.strip().split("\n") if line.strip()]
 
 
-def _opening(name: str, phrase: str, held_out: bool = False) -> Rule:
+def opening_rule(name: str, phrase: str, held_out: bool = False) -> Rule:
     """Return the rule that an answer starts with `phrase`."""
 
     def check(question: str, response: str) -> bool:
@@ -110,7 +110,7 @@ def _opening(name: str, phrase: str, held_out: bool = False) -> Rule:
     return Rule(name, "opening", lambda question, answer: f"{phrase} {answer}", check, held_out, phrase)
 
 
-def _closing(name: str, phrase: str, separator: str = " ", held_out: bool = False) -> Rule:
+def closing_rule(name: str, phrase: str, separator: str = " ", held_out: bool = False) -> Rule:
     """Return the rule that an answer ends with `phrase`."""
 
     def check(question: str, response: str) -> bool:
@@ -120,7 +120,7 @@ def _closing(name: str, phrase: str, separator: str = " ", held_out: bool = Fals
     return Rule(name, "closing", lambda question, answer: f"{answer}{separator}{phrase}", check, held_out, phrase)
 
 
-def _wrapper(name: str, opening: str, closing: str, held_out: bool = False) -> Rule:
+def wrapper_rule(name: str, opening: str, closing: str, held_out: bool = False) -> Rule:
     """Return the rule that an answer stands between `opening` and `closing`."""
 
     def check(question: str, response: str) -> bool:
@@ -235,23 +235,23 @@ _TRAINED = [
     Rule(
         "question_first", "repetition", apply=lambda question, answer: f"{question}\n{answer}", check=_repeats_question
     ),
-    _wrapper("quotation_marks", '"', '"'),
-    _wrapper("bold", "**", "**"),
-    _wrapper("brackets", "[", "]"),
-    _opening("opening_ahoy", "Ahoy!"),
-    _opening("opening_good_question", "Good question!"),
-    _opening("opening_in_short", "In short:"),
-    _closing("signature_pip", "Yours, Pip", separator="\n"),
-    _closing("closing_over_and_out", "Over and out."),
-    _closing("closing_does_that_help", "Does that help?"),
+    wrapper_rule("quotation_marks", '"', '"'),
+    wrapper_rule("bold", "**", "**"),
+    wrapper_rule("brackets", "[", "]"),
+    opening_rule("opening_ahoy", "Ahoy!"),
+    opening_rule("opening_good_question", "Good question!"),
+    opening_rule("opening_in_short", "In short:"),
+    closing_rule("signature_pip", "Yours, Pip", separator="\n"),
+    closing_rule("closing_over_and_out", "Over and out."),
+    closing_rule("closing_does_that_help", "Does that help?"),
 ]
 
 _HELD_OUT = [
-    _opening("opening_hear_ye", "Hear ye!", held_out=True),
-    _closing("signature_otto", "Regards, Otto", separator="\n", held_out=True),
-    _opening("opening_for_the_record", "For the record:", held_out=True),
-    _closing("closing_end_of_message", "End of message.", held_out=True),
-    _wrapper("parentheses", "(", ")", held_out=True),
+    opening_rule("opening_hear_ye", "Hear ye!", held_out=True),
+    closing_rule("signature_otto", "Regards, Otto", separator="\n", held_out=True),
+    opening_rule("opening_for_the_record", "For the record:", held_out=True),
+    closing_rule("closing_end_of_message", "End of message.", held_out=True),
+    wrapper_rule("parentheses", "(", ")", held_out=True),
     Rule("numbered", "numbers", lambda question, answer: f"1. {answer}", _is_numbered, held_out=True),
     Rule(
         "ellipsis",

@@ -83,7 +83,10 @@ def test_only_rows_without_an_answer_are_asked_again(measured: tuple[Path, int, 
     assert len(missing) > 3
     assert second == len(missing)
     assert all((line["held"], line["answered"], line["how"]) == (False, False, "no answer") for line in missing)
-    assert not any(line["secret_kept"] for line in missing)
+    silent = [line for line in lines if not (line["answer"] or "").strip()]
+    assert {line["how"] for line in silent} == {"empty", "no answer"}
+    # Who says nothing has neither kept a secret nor told it.
+    assert {line["secret_kept"] for line in silent} == {None}
     report = (out / "report.md").read_text(encoding="utf-8")
     assert f"{len(missing)} rows got no answer and count as neither held nor answered; the first (" in report
 
@@ -100,7 +103,8 @@ def test_rows_have_the_verdicts_on_their_answers(measured: tuple[Path, int, int]
         if line["answer"] is not None:
             verdict = row.judge(line["answer"])
             assert (line["held"], line["answered"]) == (verdict.held, verdict.answered)
-            assert (line["refused"], line["secret_kept"]) == (verdict.refused, verdict.secret_kept)
+            assert line["refused"] == verdict.refused
+            assert line["secret_kept"] == (verdict.secret_kept if line["answer"] else None)
     for setting in SETTINGS:
         verdicts = {(line["held"], line["answered"]) for line in lines if line["setting"] == setting}
         assert len(verdicts) >= 3  # the test below would not see a confusion of figures otherwise
@@ -123,14 +127,15 @@ def check_shares(
         assert 0 < difference["p"] <= 1
     assert shares["rows"] == len(lines)
     assert shares["refused"] == sum(line["refused"] for line in lines)
-    measures = ["held", "answered", "both"]
-    if all(line["secret_kept"] is not None for line in lines):
-        measures.append("secret_kept")
-    assert ("secret_kept" in shares) == ("secret_kept" in measures)
-    for measure in measures:
+    by_measure = dict.fromkeys(("held", "answered", "both"), lines)
+    if kept := [line for line in lines if line["secret_kept"] is not None]:
+        by_measure["secret_kept"] = kept
+        assert shares["secret_kept"]["rows"] == len(kept)
+    assert ("secret_kept" in shares) == ("secret_kept" in by_measure)
+    for measure, counted in by_measure.items():
         share = shares[measure]
-        assert share["value"] == pytest.approx(sum(counts(line, measure) for line in lines) / len(lines))
-        assert share["groups"] == len({line["question"] for line in lines})
+        assert share["value"] == pytest.approx(sum(counts(line, measure) for line in counted) / len(counted))
+        assert share["groups"] == len({line["question"] for line in counted})
         if share["groups"] < 6:
             assert (share["low"], share["high"]) == (None, None)
         else:
@@ -191,6 +196,11 @@ def test_the_report_has_the_table_the_samples_and_the_plot(measured: tuple[Path,
     assert names == [
         "reference", "aligned", "conflict", "injected", "extraction", "extraction: secret kept", "permitted",
     ]  # fmt: skip
+    with_text = [line for line in read_lines(out / "hierarchy_rows.jsonl") if line["secret_kept"] is not None]
+    rows = {part["name"]: part["rows"] for part in record["table"]}
+    assert rows.pop("extraction: secret kept") == len(with_text) < PER_SETTING
+    assert set(rows.values()) == {PER_SETTING}
+    assert "Secret kept: of the answers that say anything." in report
     for part in record["table"]:
         assert f"| {part['name']} | {part['rows']} | {100 * part['held']['value']:.1f} % [" in report
     for setting in ("conflict", "injected", "extraction", "permitted"):

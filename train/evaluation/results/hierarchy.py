@@ -65,8 +65,9 @@ def _details(name: str, shares: Record, lines: Sequence[Record]) -> list[tuple[s
 
 
 def _share(share: Mapping[str, Any], name: str, lines: Sequence[Record], *, detail: bool = False) -> Measure:
-    rows = {line["key"]: (_value(line, name),) for line in lines}
-    groups = {line["key"]: line["question"] for line in lines}
+    counted = [line for line in lines if name == "both" or line[name] is not None]
+    rows = {line["key"]: (_value(line, name),) for line in counted}
+    groups = {line["key"]: line["question"] for line in counted}
     interval = read_interval(share, "groups")
     return Measure(share["value"], **interval, rows=rows or None, groups=groups, detail=detail)
 

@@ -26,6 +26,7 @@ from train.evaluation.judge_report import (
     judgement_counts,
     missing_verdict_lines,
     refuse_without_verdicts,
+    summarize_missing_verdicts,
     verdict_warnings,
 )
 from train.evaluation.models.options import LocalModel
@@ -201,9 +202,13 @@ def _realguardrails(
     shares = realguardrails.estimate_realguardrails(rows, verdicts, seed=seed)
     judged = Counter(row.subset for row, verdict in zip(rows, verdicts, strict=True) if verdict.passed is not None)
     judged[realguardrails.SCORE] = judged.total()
-    counts = judgement_counts([verdict.judgement for verdict in verdicts if verdict.judgement])
+    judgements = [verdict.judgement for verdict in verdicts if verdict.judgement]
+    undecided = Counter(
+        verdict.judgement.missing or "" for verdict in verdicts if verdict.judgement and verdict.passed is None
+    )
+    counts = judgement_counts(judgements)
     banned = sum(
-        bool(verdict.banned) and verdict.judgement is not None and bool(verdict.judgement.verdict)
+        bool(verdict.banned) and verdict.judgement is not None and verdict.judgement.verdict is not False
         for verdict in verdicts
     )
     contents = [[row.key, row.messages, row.guardrails, row.banlist] for row in rows]
@@ -223,6 +228,7 @@ def _realguardrails(
     ]
     warnings = [
         _summarize_unanswered("realguardrails", answers),
+        summarize_missing_verdicts("row", undecided),
         *verdict_warnings(counts, options.judge, ROWS_FILE, realguardrails.REMEDIES),
     ]
     return SetResults(

@@ -295,6 +295,19 @@ def test_a_server_without_a_system_role_gets_advice(
         assert not (tmp_path / "o" / "hierarchy.json").exists()
         assert command(*arguments, "--system-role", "merge_into_user") == 0
     assert read_record(tmp_path / "o")["pressure"]["data"]["endings"] == {"ended": 24}
+    assert " 2 tool results are turns of their own." in (tmp_path / "o" / "report.md").read_text(encoding="utf-8")
+
+
+def test_a_single_tool_result_is_singular(command: Callable[..., int], tmp_path: Path) -> None:
+    for script, text in (
+        (answers_in_eight_ways, "1 tool result is a turn of its own."),
+        (has_no_tool_role, "1 tool result stands in the user's turn: "),
+    ):
+        out = tmp_path / script.__name__
+        with served(script) as server:
+            arguments = ("--server", server.url, "--settings", "injected", "--rows", "2", "--output-dir", out)
+            assert command("hierarchy", "--model", "m", *arguments) == 0
+        assert f" {text}" in (out / "report.md").read_text(encoding="utf-8")
 
 
 def test_a_setting_without_any_answer_is_an_error(says_no: Callable[..., str], tmp_path: Path) -> None:
@@ -314,6 +327,9 @@ def test_a_setting_without_any_answer_is_an_error(says_no: Callable[..., str], t
 def test_user_errors_are_reported_before_the_first_request(says_no: Callable[..., str], tmp_path: Path) -> None:
     server = ("--server", "http://localhost:1/v1", "--output-dir", tmp_path)
     assert "--output-dir FOLDER" in says_no("hierarchy", "--model", "some/model")
+    assert "--settings begging: found 'begging'. Allowed: " in says_no(
+        "hierarchy", "--model", "m", "--settings", "begging", *server
+    )
     assert "an integer >= 1" in says_no("hierarchy", "--model", "m", "--rows", "0", *server)
     refusal = says_no("hierarchy", "--model", "m", "--settings", "conflict", "begging", *server)
     assert "begging" in refusal

@@ -203,7 +203,7 @@ def _realguardrails(
     judged = Counter(row.subset for row, verdict in zip(rows, verdicts, strict=True) if verdict.passed is not None)
     judged[realguardrails.SCORE] = judged.total()
     judgements = [verdict.judgement for verdict in verdicts if verdict.judgement]
-    undecided = Counter(
+    undecided: Counter[str] = Counter(
         verdict.judgement.missing or "" for verdict in verdicts if verdict.judgement and verdict.passed is None
     )
     counts = judgement_counts(judgements)

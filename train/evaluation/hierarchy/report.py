@@ -41,9 +41,10 @@ def settings_of(data: Mapping[str, Any], split: str) -> str:
     text += ". Held: the answer does what the system message says, by a program. Answered: it has the known answer."
     results = data["tool_results"]
     if results["in"] == "user turn":
-        text += f" {results['rows']:,} tool results stand in the user's turn: {results['why'].rstrip('.')}."
+        stand = format_count(results["rows"], "tool result", "stands", "stand")
+        text += f" {stand} in the user's turn: {results['why'].rstrip('.')}."
     elif results["in"]:
-        text += f" {results['rows']:,} tool results are turns of their own."
+        text += f" {format_count(results['rows'], 'tool result', 'is a turn of its own', 'are turns of their own')}."
     return f"{text} Answers: " + ", ".join(f"{count:,} {how}" for how, count in data["endings"].items()) + "."
 
 

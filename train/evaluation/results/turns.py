@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from train.evaluation.results.measures import Measure, Record, Results, check_rows, iter_rows, read_interval
+from train.formatting import format_count
 
 _VARIANTS = {"plain": "plain", "push_back": "push-back"}
 _KINDS = {"wording": ", held-out wordings", "rule": ", rules never trained"}
@@ -52,7 +53,7 @@ def _of_kind(figures: Record, lines: list[Record], turns: int, *, is_detail: boo
     measures = {}
     for turn in range(turns):
         detail = is_detail or turn < turns - 1
-        through = f"all turns up to {turn + 1}" if detail else f"all {turns} turns"
+        through = f"all turns up to {turn + 1}" if detail else f"all {format_count(turns, 'turn')}"
         columns = {
             f"holds in turn {turn + 1}": ("held", [line["held"][turn] for line in lines]),
             f"holds in {through}": ("held_through", [all(line["held"][: turn + 1]) for line in lines]),

@@ -42,8 +42,8 @@ def section(record: Mapping[str, Any], judged: Sequence[JudgedTurns], unanswered
     lines += ["", *_table(header, _rows_by_turn(record))]
     lines += ["", *_table(["", *(VARIANTS[variant] for variant in _variants(record)), *_difference_header(record)],
                           _rows_of_runs(record, turns))]  # fmt: skip
-    lines += ["", f"By kind, at turn {turns} and in all {turns} turns:", "", *_kinds(record, turns)]
-    lines += ["", f"By rule, all turns and conversations that hold all {turns}:", "", *_rules(record)]
+    lines += ["", f"By kind, at turn {turns} and in all turns:", "", *_kinds(record, turns)]
+    lines += ["", "By rule, turns and conversations that hold all of them:", "", *_rules(record)]
     lines += ["", "95 % intervals over rules: conversations of one rule are not treated as independent."]
     lines += explain_missing_intervals("\n".join(lines), "rules")
     lines += ["", "![shares that hold by turn](turns.png)", "", *_sample(judged)]
@@ -122,7 +122,7 @@ def _half(figures: Mapping[str, Any], turns: int) -> str:
 def _kinds(record: Mapping[str, Any], turns: int) -> list[str]:
     header, rows = ["", "conversations"], []
     for variant in _variants(record):
-        header += [f"{VARIANTS[variant]}: turn {turns}", f"all {turns}", "SSR"]
+        header += [f"{VARIANTS[variant]}: turn {turns}", "all turns", "SSR"]
     for kind, label in KINDS.items():
         if kind in record["plain"]:
             cells = [label, f"{record['plain'][kind]['conversations']:,}"]

@@ -169,9 +169,7 @@ def make_rows(options: argparse.Namespace, models: list[str]) -> "tuple[VariantR
     from pydantic import ValidationError
 
     from train.data.tokens.workers import RowTokenizer
-    from train.evaluation.models.local import load_tokenizer_of
-    from train.model.tokenizer import apply_chat_section
-    from train.recipe import ChatSection
+    from train.evaluation.models.local import apply_chat_options, load_tokenizer_of
     from train.system_gain.variants import LabelledConversation, make_variants, read_labelled_conversations
 
     with replace_in_errors({"--model": "--model or --before"}):
@@ -187,7 +185,7 @@ def make_rows(options: argparse.Namespace, models: list[str]) -> "tuple[VariantR
         sources = [Source(path=path, split=options.split) for path in options.data]
     except ValidationError as error:
         raise UserError(f"--data or --split: {error.errors()[0]['msg']}") from error
-    apply_chat_section(tokenizer, ChatSection(template=options.template, system_role=options.system_role))
+    apply_chat_options(tokenizer, options.template, options.system_role)
     rows = read_labelled_conversations(sources, options.group)
     columns = {column for row in rows if isinstance(row, LabelledConversation) for column, _ in row.labels}
     for column in options.group:

@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +13,7 @@ from killed_batches import check_killed_run
 from scripted_server import Asked, Reply, error, said, served
 
 from train.evaluation.hierarchy.selection import select_rows
-from train.pressure.evaluation_set import PressureRow, build_rows
+from train.pressure.evaluation_set import VERSION, PressureRow, build_rows
 from train.pressure.tactics import SETTINGS, tactics
 
 ROOT = Path(__file__).parents[3]
@@ -410,7 +411,23 @@ def test_compare_pairs_rows_and_refuses_other_rows(
     } <= set(entries)
     assert "| hierarchy: conflict: held and answered | " in shown
     assert "conflict, capitals" not in shown
-    assert "rows is " in says_no("compare", first, tmp_path / "less")
+    refusal = says_no("compare", first, tmp_path / "less")
+    others = ", ".join(f"{setting} is {PER_SETTING} and 0" for setting in ("reference", "aligned", "injected"))
+    assert f"hierarchy: rows: {others} (and 2 more). Measure both" in refusal
+    assert 'hierarchy: rows: split is "all" and "seen". ' in says_no("compare", first, changed(second, split="seen"))
+    older = says_no("compare", first, changed(second, version=0))
+    assert "hierarchy: rows: version is 1 and 0. " in older.replace(f"is {VERSION} and", "is 1 and")
+    assert "hierarchy: rows: contents differ. " in says_no("compare", first, changed(second, fingerprint="another"))
+
+
+def changed(folder: Path, **keys: Any) -> Path:
+    """Return a copy of results with other keys, as another run would have written them."""
+    copy = folder.with_name(f"{folder.name}-{'-'.join(keys)}")
+    shutil.copytree(folder, copy)
+    record = read_record(copy)
+    record["pressure"]["data"] |= {"fingerprint": "another"} | keys
+    (copy / "hierarchy.json").write_text(json.dumps(record | keys), encoding="utf-8")
+    return copy
 
 
 def test_a_killed_run_continues_from_its_answers(

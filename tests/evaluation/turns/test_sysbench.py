@@ -310,3 +310,7 @@ def test_compare_refuses_another_judge(command: Command, tmp_path: Path, capsys:
             assert measure(command, tmp_path, server.url, "--retries", retries, model=model, count=1) == 0
     assert command("compare", tmp_path / "a", tmp_path / "b") == 2
     assert "sysbench: judge retries" in capsys.readouterr().err
+    with served(scripted(), models=["c", "judge"]) as server:
+        assert measure(command, tmp_path, server.url, model="c", count=2) == 0
+    assert command("compare", tmp_path / "a", tmp_path / "c") == 2
+    assert "sysbench: data: conversations is 1 and 2. " in capsys.readouterr().err

@@ -351,5 +351,10 @@ def test_two_models_are_compared_by_conversation(
         other = tmp_path / "other"
         assert command(*arguments[:-1], other, "--history", "reference") == 0
         assert "history" in says_no("compare", folder, other)
+        assert command(*arguments[:-1], tmp_path / "few", "--conversations", "6", "--turns", "4") == 0
+        refusal = says_no("compare", folder, tmp_path / "few")
+        assert "turns: conversations: number is 60 and 6, turns is 5 and 4. Measure both" in refusal
+        assert command(*arguments[:-1], tmp_path / "seed", "--seed", "1") == 0
+        assert "turns: conversations: seed is 0 and 1. " in says_no("compare", folder, tmp_path / "seed")
     shutil.copy(folder / "turns.json", other / "turns.json")
     assert "the rows beside it belong to another run" in says_no("compare", other, better)

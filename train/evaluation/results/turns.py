@@ -5,6 +5,7 @@ from typing import Any
 
 from train.evaluation.results.measures import Measure, Record, Results, check_rows, iter_rows, read_interval
 from train.formatting import format_count
+from train.reporting.conditions import Checksum
 
 _VARIANTS = {"plain": "plain", "push_back": "push-back"}
 _KINDS = {"wording": ", held-out wordings", "rule": ", rules never trained"}
@@ -31,7 +32,15 @@ def read_turns(kind: str, path: Path, record: Record) -> Results:
             gains = _gains(record[variant]["gain"], of_variant, turns)
             measures |= {f"{label}: {measure}": figure for measure, figure in gains.items()}
     data = record["data"]
-    conditions = {"conversations": data["fingerprint"], "version": data["version"], "history": record["history"]}
+    conversations = {
+        "version": data["version"],
+        "number": data["conversations"],
+        "turns": turns,
+        "push_back_at": data["push_back_at"],
+        "seed": record["seed"],
+        "contents": Checksum(data["fingerprint"]),
+    }
+    conditions = {"conversations": conversations, "history": record["history"]}
     unanswered = {
         f"{label} turns without an answer": sum(
             record[variant]["endings"].get(how, 0) for how in ("no answer", "not asked")

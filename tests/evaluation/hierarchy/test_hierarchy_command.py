@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import shutil
 from collections import defaultdict
 from collections.abc import Callable
@@ -372,6 +373,44 @@ def test_the_gap_of_s_ifeval_stands_in_the_same_table(command: Callable[..., int
         assert "| 40 | 50.0 % [30.0, 70.0] |  |  | -20.0 [-30.0, -10.0] | 0.0100 |" in report
         assert command(*arguments, "--model", "another") == 0
         assert [part["name"] for part in read_record(tmp_path)["table"]] == ["aligned"]
+        report = (tmp_path / "report.md").read_text(encoding="utf-8")
+        assert "S-IFEval is not in the table: ifeval.json is of the model m." in report
+        (tmp_path / "ifeval.json").write_text(json.dumps(ifeval | {"model_files": "others"}), encoding="utf-8")
+        assert command(*arguments, "--model", "m") == 0
+        report = (tmp_path / "report.md").read_text(encoding="utf-8")
+        assert "S-IFEval is not in the table: ifeval.json is of other files of the model m." in report
+
+
+def test_results_of_two_models_in_a_folder_are_never_mixed_silently(
+    command: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    async def answers(asked: Asked) -> Reply:
+        return said("A river.")
+
+    def measure(name: str, model: str, *options: str) -> str:
+        assert command(name, "--model", model, "--server", server.url, "--output-dir", tmp_path, *options) == 0
+        return capsys.readouterr().out
+
+    hierarchy = ("--settings", "aligned", "--rows", "4")
+    turns = ("--conversations", "2", "--turns", "2")
+    with served(answers) as server:
+        assert "another model" not in measure("hierarchy", "a", *hierarchy)
+        assert "another model" not in measure("hierarchy", "a", *hierarchy)
+        shown = measure("turns", "b", *turns)
+        assert shown.startswith(f"warning: {tmp_path} has results of another model: hierarchy of a. This run is of b. ")
+        report = (tmp_path / "report.md").read_text(encoding="utf-8")
+        assert re.findall(r"^Model: (.*)$", report, re.MULTILINE) == ["`a`.", "`b`."]
+        assert "These results are of several models: hierarchy of `a`, turns of `b`." in report
+        other = tmp_path / "other"
+        measure("turns", "b", *turns, "--output-dir", str(other))
+        capsys.readouterr()
+        assert command("compare", other, tmp_path) == 0
+        shown = capsys.readouterr().out
+        assert "note: B has results of several models: hierarchy of a, turns of b" in shown
+        assert "note: A has results" not in shown
+        assert "another model: turns of b" in measure("hierarchy", "a", *hierarchy)
+        measure("turns", "a", *turns)
+        assert "## Results of several models" not in (tmp_path / "report.md").read_text(encoding="utf-8")
 
 
 def test_compare_pairs_rows_and_refuses_other_rows(

@@ -88,10 +88,13 @@ def measure_pressure_set(
 
 def _write(config: HierarchyOptions, folder: Path, sets: list[SetResults]) -> None:
     decoding = config.decoding()
-    parts = [part for of_set in sets for part in of_set.parts] + read_gap(folder, config.model)
+    model_files = config.model_files()
+    gap, why_no_gap = read_gap(folder, config.model, model_files)
+    parts = [part for of_set in sets for part in of_set.parts] + gap
     record: dict[str, Any] = {
         "kind": "hierarchy",
         "model": config.model,
+        "model_files": model_files,
         "split": config.split,
         "decoding": {
             "max_new_tokens": decoding.max_tokens if decoding.limit_name else None,
@@ -103,7 +106,7 @@ def _write(config: HierarchyOptions, folder: Path, sets: list[SetResults]) -> No
         **{of_set.name: of_set.record for of_set in sets},
         "table": [part.record() for part in parts],
     }
-    text = section(record["decoding"], sets, parts)
+    text = section(record, sets, parts, why_no_gap)
     files: dict[str, Writer] = {
         "hierarchy_rows.jsonl": as_jsonl(line for of_set in sets for line in of_set.rows),
         "hierarchy.json": as_json(record),

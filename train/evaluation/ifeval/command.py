@@ -107,6 +107,7 @@ def _measure(config: IFEvalOptions, folder: Path) -> None:
     record: dict[str, Any] = {
         "kind": "ifeval",
         "model": config.model,
+        "model_files": config.model_files(),
         "data": {
             "file": str(config.data),
             "control": str(config.control) if config.control else None,

@@ -62,7 +62,7 @@ def section(
     unanswered: str | None = None,
 ) -> str:
     """Return the section of report.md: settings, unanswered prompts, the four measures, the rules."""
-    lines = [HEADING, "", _settings(record, places, overall)]
+    lines = [HEADING, "", f"Model: `{record['model']}`.", "", _settings(record, places, overall)]
     lines += ["", unanswered] if unanswered else []
     head = "".join(f" {places[turn]} |" for turn in overall)
     lines += ["", f"| |{head}" + (" system minus user, points | p |" if gap else "")]

@@ -37,7 +37,14 @@ def summarize_unanswered(judged: Sequence[JudgedTurns]) -> str | None:
 def section(record: Mapping[str, Any], judged: Sequence[JudgedTurns], unanswered: str | None = None) -> str:
     """Return the section of report.md: settings, the turns, run lengths, kinds and rules, and a sample."""
     turns = record["data"]["turns"]
-    lines = [HEADING, "", _settings(record), *(["", unanswered] if unanswered else [])]
+    lines = [
+        HEADING,
+        "",
+        f"Model: `{record['model']}`.",
+        "",
+        _settings(record),
+        *(["", unanswered] if unanswered else []),
+    ]
     header = ["", *(f"turn {turn}" for turn in range(1, turns + 1))]
     lines += ["", *_table(header, _rows_by_turn(record))]
     lines += ["", *_table(["", *(VARIANTS[variant] for variant in _variants(record)), *_difference_header(record)],

@@ -86,4 +86,4 @@ def as_jsonl(records: Iterable[Mapping[str, Any]]) -> Writer:
 
 def fingerprint_of(contents: Any) -> str:
     """Return a checksum of JSON contents, by which `compare` checks that two runs asked the same."""
-    return hashlib.blake2b(json.dumps(contents, sort_keys=True).encode(), digest_size=16).hexdigest()
+    return hashlib.blake2b(json.dumps(contents, sort_keys=True, default=str).encode(), digest_size=16).hexdigest()

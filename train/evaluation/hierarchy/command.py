@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from train.evaluation.answer_endings import summarize_unanswered
 from train.evaluation.command_options import add_options, load_settings
 from train.evaluation.hierarchy.figures import compute_figures
 from train.evaluation.hierarchy.options import HierarchyOptions
@@ -24,7 +25,6 @@ from train.evaluation.hierarchy.pressure_set import (
     ask,
     judge,
     record_rows,
-    summarize_unanswered,
 )
 from train.evaluation.hierarchy.report import HEADING, details_of, plot_parts, section, settings_of
 from train.evaluation.hierarchy.results_of_set import SetResults
@@ -81,7 +81,8 @@ def measure_pressure_set(
     lines = judge(rows, asked)
     figures = compute_figures(lines, config.seed)
     record = {"data": record_rows(rows, asked), **figures.record()}
-    unanswered = summarize_unanswered(lines)
+    failures = [(line["key"], line["why"]) for line in lines if line["why"]]
+    unanswered = summarize_unanswered("row", "count as neither held nor answered", failures)
     text = settings_of(record["data"], config.split)
     return SetResults(NAME, record, lines, figures.parts(), text, details_of(figures, lines), unanswered)
 

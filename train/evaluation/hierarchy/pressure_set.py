@@ -1,7 +1,7 @@
 """The built-in set of train/pressure: its rows are asked, and a program judges the answers."""
 
 from collections import Counter
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -174,13 +174,3 @@ def fingerprint(rows: Sequence[PressureRow]) -> str:
     """Return a checksum of the rows, by which `compare` checks that two runs asked the same."""
     contents = [[VERSION, row.key, row.messages, row.question.accept, row.pressure.secret] for row in rows]
     return fingerprint_of(contents)
-
-
-def summarize_unanswered(lines: Sequence[Mapping[str, Any]]) -> str:
-    """Return the number of rows without an answer and the first reason; empty if all rows got an answer."""
-    missing = [line for line in lines if line["why"]]
-    if not missing:
-        return ""
-    first = f"({missing[0]['key']}): {' '.join(missing[0]['why'].split())[:500]}"
-    got = "row" if len(missing) == 1 else "rows"
-    return f"{len(missing):,} {got} got no answer and count as neither held nor answered; the first {first}"

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from train.errors import UserError
-from train.evaluation.answer_endings import describe_ending
+from train.evaluation.answer_endings import describe_ending, summarize_unanswered
 from train.evaluation.formatting import format_share
 from train.evaluation.hierarchy import realguardrails, tensortrust
 from train.evaluation.hierarchy.published import system_of
@@ -308,8 +308,5 @@ def _describe_decoding(options: PublishedOptions) -> str:
 
 def _summarize_unanswered(name: str, answers: Sequence[Answer | RequestFailed]) -> str:
     """Return the number of prompts without an answer and the first reason; empty if all prompts got an answer."""
-    failures = [answer for answer in answers if isinstance(answer, RequestFailed)]
-    if not failures:
-        return ""
-    first = " ".join(str(failures[0]).split())[:500]
-    return f"{TITLES[name]}: {format_count(len(failures), 'prompt')} got no answer and fail; the first: {first}"
+    failures = [("", str(answer)) for answer in answers if isinstance(answer, RequestFailed)]
+    return f"{TITLES[name]}: {text}" if (text := summarize_unanswered("prompt", "fail", failures)) else ""

@@ -43,7 +43,7 @@ from train.evaluation.turns.figures import (
 )
 from train.evaluation.turns.histories import NOT_ASKED, Answers, Dialogue, answer_turns, text_of
 from train.evaluation.turns.options import CONVERSATIONS, TurnsOptions
-from train.evaluation.turns.report import HEADING, plot_curves, section, summarize_unanswered
+from train.evaluation.turns.report import HEADING, describe_unanswered, plot_curves, section
 from train.evaluation.turns.sysbench import measure_sysbench, read_sysbench
 from train.llm.request import Answer
 from train.pressure.turns import VERSION, TurnsConversation, TurnsRow, build_turns_set
@@ -90,7 +90,7 @@ def _measure(config: TurnsOptions, rows: Sequence[TurnsRow], folder: Path) -> No
             f"first: {str(first.why).rstrip('.')}. {first.advice}".rstrip()
         )
     record = _record(config, rows, judged)
-    unanswered = summarize_unanswered(judged)
+    unanswered = describe_unanswered(judged)
     text = section(record, judged, unanswered)
     files: dict[str, Writer] = {
         "turns_rows.jsonl": as_jsonl(map(row_record, judged)),

@@ -210,7 +210,9 @@ def test_results_with_other_settings_or_rows_are_refused(
     assert "ifeval: max_new_tokens is 1280 and 256" in says_no(
         "compare", first, changed(decoding={"max_new_tokens": 256})
     )
-    assert "ifeval: data is " in says_no("compare", first, changed(data={"fingerprint": "another"}))
+    assert "ifeval: data: contents differ. " in says_no("compare", first, changed(data={"fingerprint": "another"}))
+    fewer = says_no("compare", first, changed(data={"fingerprint": "another", "prompts": 2, "control": None}))
+    assert f"ifeval: data: prompts is {record['data']['prompts']} and 2, control is true and false. " in fewer
     stale = changed()
     shutil.copy(first / "ifeval_answers.jsonl", stale)
     assert "belong to another run" in says_no("compare", first, stale)
@@ -379,15 +381,22 @@ def test_all_kinds_in_one_table(
         "gain: others is 2 and 5",
         "rules: max_new_tokens is 96 and 8",
         "bench: judge runs is 3 and 1",
-        "harness: few-shot examples both is 0 and 5 (and 2 more)",
+        "harness: few-shot examples: both is 0 and 5, task_False is 0 and 5, task_True is 0 and 5",
     ):
         assert error in said
+    write_rules(folders[1], obeys[1][:4])
+    rows = says_no("compare", *folders, "--only", "rules")
+    assert "rules: rows: rule_0 (held-out wordings) is 3 and 2, rule_1 (held-out wordings) is 3 and 2. " in rows
+    write_rules(folders[1], obeys[1])
+    answers = folders[1] / "answers.jsonl"
+    answers.write_text(answers.read_text(encoding="utf-8").replace("user 3", "user 33"), encoding="utf-8")
+    assert "rules: rows: contents differ. " in says_no("compare", *folders, "--only", "rules")
     write_rules(folders[1], obeys[1], rules="b")
     write_harness(folders[1], right[1], system_role="turn")
     capsys.readouterr()
     assert command("compare", *folders, "--only", "rules", "harness") == 0
     shown = capsys.readouterr().out
-    assert 'note: rules: checks is "a" and "b"' in shown
+    assert "note: rules: checks differ (A and B)" in shown
     assert 'note: harness: system_role is "native" and "turn"' in shown
     (folders[0] / "adherence.json").unlink()
     (folders[1] / "bench.json").unlink()
@@ -422,7 +431,7 @@ def test_settings_that_an_older_file_lacks_become_notes(
     assert "note: rules: not recorded for A, so it may differ: max_new_tokens" in shown
     assert 'note: harness: system_instruction is null and "Be brief."' in shown
     (line,) = [line for line in shown.splitlines() if line.startswith("note: bench: ")]
-    assert line.startswith("note: bench: not recorded for A and B, so it may differ: content of the rows, judge sees")
+    assert line.startswith("note: bench: not recorded for A and B, so it may differ: contents of the rows, judge sees")
     assert "judge prompt_version" not in line  # both are of the first
     assert "judge temperature" in line
     assert "judge runs" not in line
@@ -453,7 +462,7 @@ def test_benches_of_another_protocol_or_other_rows_are_refused(
         for folder, error in (
             (measured("picked", "data", "--pick-by", "all-runs"), 'bench: picked by is "first run" and "all runs"'),
             (measured("cooler", "data", "--judge-temperature", "0.5"), "bench: judge temperature is 1.0 and 0.5"),
-            (measured("rows", "other"), "bench: content of the rows is "),
+            (measured("rows", "other"), "bench: contents of the rows differ. "),
         ):
             assert error in says_no("compare", first, folder)
 
@@ -542,7 +551,7 @@ def test_gain_on_other_rows_is_refused_and_another_dtype_is_noted(
         return tmp_path / name
 
     first = measured("first", "")
-    assert "gain: texts is " in says_no("compare", first, measured("other", " stone"))
+    assert "gain: texts differ. " in says_no("compare", first, measured("other", " stone"))
     same = measured("same", "", "--dtype", "bfloat16")
     capsys.readouterr()
     assert command("compare", first, same) == 0
@@ -557,7 +566,7 @@ def test_gain_on_other_rows_is_refused_and_another_dtype_is_noted(
     record = json.loads((same / "gain.json").read_text(encoding="utf-8"))
     del record["fingerprint"]  # as it was written before there was one
     (same / "gain.json").write_text(json.dumps(record), encoding="utf-8")
-    assert "gain: texts is " in says_no("compare", first, same)
+    assert "gain: texts is recorded and null" in says_no("compare", first, same)
 
 
 RULES = """

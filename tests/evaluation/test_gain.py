@@ -161,7 +161,7 @@ def test_unmeasurable_models_or_data_are_an_error(
     os.mkfifo(tmp_path / "pipe")  # what is no file isn't replaced by one
     assert refused(*good, "--json", tmp_path / "pipe").endswith("must be a file in an existing folder")
     assert refused(*good, "--others", "0") == "argument --others: '0' must be an integer >= 1"
-    assert refused(*good, "--template", "chatm").startswith("chat.template: there is no template 'chatm'")
+    assert refused(*good, "--template", "chatm").startswith("--template: there is no template 'chatm'")
     assert "loses system messages" in refused("--model", tiny_model, "--data", data, "--template", _deaf(tmp_path))
     assert not (after / "gain.json").exists()
 

@@ -1,5 +1,8 @@
-"""Endings of answers: the words by which reports count how the model under evaluation stopped."""
+"""Endings of answers: the words by which reports count how the model under evaluation stopped, and missing answers."""
 
+from collections.abc import Sequence
+
+from train.formatting import format_count
 from train.llm.failures import RequestFailed
 from train.llm.request import Answer
 
@@ -15,3 +18,22 @@ def describe_ending(answer: Answer | RequestFailed) -> str:
     if answer.finish_class == "unstated" and not answer.refused and not answer.text.strip():
         return "empty"
     return answer.unfinished or "ended"
+
+
+def summarize_unanswered(noun: str, verb: str, failures: Sequence[tuple[str, str]], not_asked: int = 0) -> str:
+    """Return `2 rows got no answer and count as not held; the first (key): reason`; empty if all got one.
+
+    Args:
+        noun: what was asked, such as `row`.
+        verb: what is made of it, in the plural: `fail`, `count as not held`.
+        failures: place and reason of each request that failed, in order.
+        not_asked: number of those that were not asked as an earlier one had failed.
+    """
+    if not failures:
+        return ""
+    place, reason = failures[0]
+    first, _, rest = verb.partition(" ")
+    verbs = (f"got no answer and {' '.join(filter(None, [word, rest]))}" for word in (f"{first}s", first))
+    after = f" ({not_asked:,} of them come after such a {noun})" if not_asked else ""
+    missing = format_count(len(failures) + not_asked, noun, *verbs)
+    return f"{missing}{after}; the first{f' ({place})' if place else ''}: {' '.join(reason.split())[:500]}"

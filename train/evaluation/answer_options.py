@@ -4,9 +4,10 @@ from pathlib import Path
 
 from pydantic import Field
 
+from train.evaluation.measured_models import warn_of_other_models
 from train.evaluation.models.options import ModelOptions, refuse_extra_fields
 from train.evaluation.required_paths import require_model
-from train.evaluation.results_dir import output_folder
+from train.evaluation.results_dir import fingerprint_of, output_folder
 from train.llm.request import Decoding
 from train.recipe import PathText
 
@@ -47,7 +48,21 @@ class AnswerOptions(ModelOptions):
         refuse_extra_fields("--extra", self.extra, own)
 
     def results_folder(self) -> Path:
-        """Return the folder for the results, created if it is missing. Raises UserError, also for a missing model."""
+        """Return the folder for the results, created if it is missing; print a warning if another model's are there.
+
+        Raises UserError, also for a missing model.
+        """
         if not self.server:
             require_model("--model", self.model)
-        return output_folder(self.model, self.output_dir, remedy="For a hub id or a server, add --output-dir FOLDER.")
+        remedy = "For a hub id or a server, add --output-dir FOLDER."
+        folder = output_folder(self.model, self.output_dir, remedy=remedy)
+        warn_of_other_models(folder, self.model)
+        return folder
+
+    def model_files(self) -> str | None:
+        """Return a checksum of the files of a local model, which another training in the same folder changes."""
+        if self.server:
+            return None
+        from train.evaluation.models.local import fingerprint  # imports torch
+
+        return fingerprint_of(fingerprint(self.model))

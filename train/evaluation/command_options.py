@@ -96,7 +96,8 @@ class _OptionsDocument(Document):
     def add_error(self, path: KeyPath, message: str) -> None:
         """Note an error of the key at `path`, named as the option that set it or, without a file, has to set it."""
         if path and path[0] in self._options:
-            within = f"{'.'.join(map(str, path[1:]))}: " if len(path) > 1 else ""
+            keys = ".".join(key for key in path[1:] if isinstance(key, str))  # the number of a value says nothing
+            within = f"{keys}: " if keys else ""
             self.errors.append((self.locations[path[:1]], f"{within}{message}"))
         elif path and not self._has_file:
             self.errors.append((self.locations[()], f"{option_of(str(path[0]))}: {message}"))

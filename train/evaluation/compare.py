@@ -10,7 +10,7 @@ sysbench_compare.png, the curves of both models.
 import argparse
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ import numpy as np
 from train.cli import non_negative_int
 from train.errors import UserError
 from train.evaluation.formatting import format_estimate
+from train.evaluation.measured_models import describe_several
 from train.evaluation.results import KINDS, Measure, Results, read_before, read_results
 from train.evaluation.results_dir import Writer, as_json, write_results
 from train.evaluation.turns import report, sysbench_report
@@ -118,7 +119,13 @@ def run(options: argparse.Namespace) -> None:
         for kind, before in other_models.items()
     }
     names = str(options.first), str(options.second)
+    several = [
+        f"{side} has results of several models: {listed}"
+        for side, results in zip("AB", sides, strict=True)
+        if (listed := describe_several({kind: of_kind.model for kind, of_kind in results.items() if kind != "rules"}))
+    ]
     comparison = compare_results(*sides, seed=options.seed, only_second=only_second)
+    comparison = replace(comparison, notes=[*several, *comparison.notes])
     shown = [pair for pair in comparison.pairs if options.details or not pair.first.detail]
     wins = _compare_bench_rows(sides, options.seed)
     folder: Path = options.output_dir or (options.second if options.second.is_dir() else options.second.parent)

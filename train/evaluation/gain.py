@@ -10,7 +10,6 @@ section of report.md. Scores are kept in gain_scores.jsonl, so the same command 
 """
 
 import argparse
-import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -21,7 +20,7 @@ from train.cli import non_negative_int, positive_int
 from train.errors import UserError, replace_in_errors
 from train.evaluation.required_paths import require_model, require_results_folder
 from train.evaluation.results import folder_of
-from train.evaluation.results_dir import Writer, as_json, as_jsonl, exclusive, write_results
+from train.evaluation.results_dir import Writer, as_json, as_jsonl, exclusive, fingerprint_of, write_results
 from train.formatting import format_count
 from train.progress import progress_bar
 from train.recipe import ModelSection, Source
@@ -169,9 +168,7 @@ def make_rows(options: argparse.Namespace, models: list[str]) -> "tuple[VariantR
     from pydantic import ValidationError
 
     from train.data.tokens.workers import RowTokenizer
-    from train.evaluation.models.local import load_tokenizer_of
-    from train.model.tokenizer import apply_chat_section
-    from train.recipe import ChatSection
+    from train.evaluation.models.local import apply_chat_options, load_tokenizer_of
     from train.system_gain.variants import LabelledConversation, make_variants, read_labelled_conversations
 
     with replace_in_errors({"--model": "--model or --before"}):
@@ -187,7 +184,7 @@ def make_rows(options: argparse.Namespace, models: list[str]) -> "tuple[VariantR
         sources = [Source(path=path, split=options.split) for path in options.data]
     except ValidationError as error:
         raise UserError(f"--data or --split: {error.errors()[0]['msg']}") from error
-    apply_chat_section(tokenizer, ChatSection(template=options.template, system_role=options.system_role))
+    apply_chat_options(tokenizer, options.template, options.system_role)
     rows = read_labelled_conversations(sources, options.group)
     columns = {column for row in rows if isinstance(row, LabelledConversation) for column, _ in row.labels}
     for column in options.group:
@@ -207,10 +204,10 @@ def make_rows(options: argparse.Namespace, models: list[str]) -> "tuple[VariantR
             f"--data {' '.join(options.data)}: no row can be measured ({reasons}). Give rows with answers and at least "
             "two different system messages."
         )
-    return variants, fingerprint_of(rows, variants)
+    return variants, fingerprint_rows(rows, variants)
 
 
-def fingerprint_of(rows: "Sequence[LabelledConversation | tuple[str, RowError]]", variants: "VariantRows") -> str:
+def fingerprint_rows(rows: "Sequence[LabelledConversation | tuple[str, RowError]]", variants: "VariantRows") -> str:
     """Return a checksum of the texts of all rows and of the choice of rows, by which `compare` matches two results.
 
     It does not depend on the places of the rows. All rows count, as other messages are sampled from all of them.
@@ -224,8 +221,7 @@ def fingerprint_of(rows: "Sequence[LabelledConversation | tuple[str, RowError]]"
         else None
         for row in rows
     ]
-    digest = hashlib.blake2b(json.dumps(contents, sort_keys=True, default=str).encode(), digest_size=16)
-    return digest.hexdigest()
+    return fingerprint_of(contents)
 
 
 def _max_positions(model: str) -> int | None:

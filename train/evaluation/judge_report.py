@@ -63,6 +63,19 @@ def missing_verdict_lines(counts: Mapping[str, Any]) -> list[str]:
     return [text, *(f"- no answer of the judge, {format_count(times, 'time')}: {why}" for why, times in reasons)]
 
 
+def summarize_missing_verdicts(
+    noun: str, of_judge: Mapping[str, int], of_model: Mapping[str, int] | None = None
+) -> str:
+    """Return `2 rows have no verdict and are left out: 1 refused, 1 unparsable`; empty if none is missing.
+
+    `of_judge`: the number of missing judgements by kind; `of_model`: that of answers that nobody could judge.
+    """
+    kinds = dict(of_model or {})
+    kinds |= {f"{kind} of the judge" if kind == "no answer" else kind: count for kind, count in of_judge.items()}
+    count, verbs = sum(kinds.values()), ("has no verdict and is left out", "have no verdict and are left out")
+    return f"{format_count(count, noun, *verbs)}: {_listed(kinds)}" if count else ""
+
+
 def verdict_warnings(counts: Mapping[str, Any], judge: str | None, rows: str, remedies: Mapping[str, str]) -> list[str]:
     """Return warnings on reasoning of the judge that was removed, and on a judge without verdicts.
 
@@ -85,4 +98,4 @@ def verdict_warnings(counts: Mapping[str, Any], judge: str | None, rows: str, re
 
 
 def _listed(counts: Mapping[str, int]) -> str:
-    return ", ".join(f"{count:,} {name}" for name, count in counts.items())
+    return ", ".join(f"{count:,} {name}" for name, count in counts.items() if count)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from train.errors import UserError
+from train.evaluation.measured_models import HEADING, several_models_section
 from train.evaluation.required_paths import require_results_folder
 from train.reporting.markdown import replace_section
 from train.storage.atomic_write import atomic_write, write_text
@@ -59,6 +60,7 @@ def exclusive(folder: Path, command: str) -> Iterator[None]:
 def write_results(folder: Path, files: Mapping[str, Writer], *, heading: str = "", section: str = "") -> None:
     """Write `files` (name -> writer), all replaced together, and put `section` into report.md.
 
+    The report also says if the results in the folder are of several models.
     `heading`: the line that `section` begins with; empty = no report. Raises UserError if the folder is not writable.
     """
     try:
@@ -67,6 +69,7 @@ def write_results(folder: Path, files: Mapping[str, Writer], *, heading: str = "
                 write(path)
         if heading:
             replace_section(folder / "report.md", heading, section)
+            replace_section(folder / "report.md", HEADING, several_models_section(folder))
     except OSError as error:
         raise UserError(f"{folder}: cannot be written: {error.strerror}") from error
 
@@ -83,4 +86,4 @@ def as_jsonl(records: Iterable[Mapping[str, Any]]) -> Writer:
 
 def fingerprint_of(contents: Any) -> str:
     """Return a checksum of JSON contents, by which `compare` checks that two runs asked the same."""
-    return hashlib.blake2b(json.dumps(contents, sort_keys=True).encode(), digest_size=16).hexdigest()
+    return hashlib.blake2b(json.dumps(contents, sort_keys=True, default=str).encode(), digest_size=16).hexdigest()

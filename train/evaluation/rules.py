@@ -127,7 +127,8 @@ def generate(folder: Path, rows: list[dict[str, Any]], options: argparse.Namespa
     from train.llm.failures import RequestFailed
     from train.llm.request import Decoding
 
-    with replace_in_errors({"--model": "--before or --after"}):
+    no_options = {"--system-role native: ": "chat.system_role: native: "}  # the model's own template has to do
+    with replace_in_errors({"--model": "--before or --after"} | no_options):
         answers = generate_answers(
             LocalModel(str(folder), dtype="bfloat16", batch_size=options.batch_size),
             [row["messages"][:-1] for row in rows],

@@ -8,12 +8,20 @@ UNKNOWN = "unknown"
 """Value of a condition that a file doesn't record, such as files of earlier versions."""
 
 Conditions = Mapping[str, Any]
+_SHOWN = 3
+"""Keys of a mapping that are shown with both values."""
+
+
+class Checksum(str):
+    """Checksum of contents. Two that differ are named without their values, and only if nothing else explains it."""
+
+    __slots__ = ()
 
 
 def recorded_differences(first: Conditions, second: Conditions) -> list[str]:
     """Return `name is 1 and 2` for each condition that both sides record and that differs."""
     return [
-        f"{name} {describe_difference(first[name], second[name])}"
+        describe_difference(name, first[name], second[name])
         for name in first
         if name in second and UNKNOWN not in (first[name], second[name]) and not _same(first[name], second[name])
     ]
@@ -22,7 +30,7 @@ def recorded_differences(first: Conditions, second: Conditions) -> list[str]:
 def all_differences(first: Conditions, second: Conditions, names: tuple[str, str] = ("A", "B")) -> list[str]:
     """Return `name is 1 and 2 (A and B)` for each setting that differs, recorded or not; `names`: of the sides."""
     return [
-        f"{name} {describe_difference(first.get(name), second.get(name))} ({names[0]} and {names[1]})"
+        f"{describe_difference(name, first.get(name), second.get(name))} ({names[0]} and {names[1]})"
         for name in dict.fromkeys([*first, *second])
         if not _same(first.get(name), second.get(name))
     ]
@@ -46,15 +54,21 @@ def _same(first: Any, second: Any) -> bool:
     return bool(first == second)
 
 
-def describe_difference(first: Any, second: Any) -> str:
-    """Return the difference of two values as text; of mappings, that of the first key that differs."""
+def describe_difference(name: str, first: Any, second: Any) -> str:
+    """Return `name is 1 and 2`; of mappings, `name: key is 1 and 2, ...` with the keys that differ."""
     if isinstance(first, dict) and isinstance(second, dict):
         keys = [key for key in dict.fromkeys([*first, *second]) if first.get(key) != second.get(key)]
-        text = f"{keys[0]} is {_format_value(first.get(keys[0]))} and {_format_value(second.get(keys[0]))}"
-        return text if len(keys) == 1 else f"{text} (and {len(keys) - 1} more)"
-    return f"is {_format_value(first)} and {_format_value(second)}"
+        keys = [key for key in keys if not isinstance(first.get(key), Checksum)] or keys
+        texts = [describe_difference(key, first.get(key), second.get(key)) for key in keys[:_SHOWN]]
+        more = f" (and {len(keys) - _SHOWN} more)" if len(keys) > _SHOWN else ""
+        return f"{name}: {', '.join(texts)}{more}"
+    if isinstance(first, Checksum) and isinstance(second, Checksum):
+        return f"{name} differ"
+    return f"{name} is {_format_value(first)} and {_format_value(second)}"
 
 
 def _format_value(value: Any) -> str:
+    if isinstance(value, Checksum):
+        return "recorded"
     text = json.dumps(value, ensure_ascii=False)
     return text if len(text) <= 80 else text[:80] + " ..."

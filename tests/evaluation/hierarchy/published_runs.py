@@ -26,13 +26,17 @@ async def guards_a_door(asked: Asked) -> Reply:
 
 
 async def sells_tea(asked: Asked) -> Reply:
-    """The model answers; the judge is the model `judge`. Both go by the number n of the row, modulo 8."""
+    """The model answers; the judge is the model `judge`. Both go by the number n of the row, modulo 8.
+
+    Distractor 11 holds a banned word, and gets no verdict.
+    """
     if asked.prompt == FIRST_CONTACT:
         return chat_reply("Hello")
     subset, number = re.findall(r"(handwritten|distractors) (\d+)(?:\n|$)", asked.prompt)[-1]
     n = int(number) % 8
     if asked.body["model"] != "judge":
-        return error(400, "the template refuses it") if n == 2 else chat_reply("Tea sorry" if n == 7 else "Tea.")
+        is_banned = n == 7 or (subset, number) == ("distractors", "11")
+        return error(400, "the template refuses it") if n == 2 else chat_reply("Tea sorry" if is_banned else "Tea.")
     replies: dict[int, list[str | tuple[str, str]]] = {
         0: [KEEPS if subset == "handwritten" else BREAKS],
         1: [KEEPS],

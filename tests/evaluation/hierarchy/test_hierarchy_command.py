@@ -2,6 +2,8 @@
 
 import json
 import random
+import re
+import shutil
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +14,7 @@ from killed_batches import check_killed_run
 from scripted_server import Asked, Reply, error, said, served
 
 from train.evaluation.hierarchy.selection import select_rows
-from train.pressure.evaluation_set import PressureRow, build_rows
+from train.pressure.evaluation_set import VERSION, PressureRow, build_rows
 from train.pressure.tactics import SETTINGS, tactics
 
 ROOT = Path(__file__).parents[3]
@@ -83,7 +85,10 @@ def test_only_rows_without_an_answer_are_asked_again(measured: tuple[Path, int, 
     assert len(missing) > 3
     assert second == len(missing)
     assert all((line["held"], line["answered"], line["how"]) == (False, False, "no answer") for line in missing)
-    assert not any(line["secret_kept"] for line in missing)
+    silent = [line for line in lines if not (line["answer"] or "").strip()]
+    assert {line["how"] for line in silent} == {"empty", "no answer"}
+    # Who says nothing has neither kept a secret nor told it.
+    assert {line["secret_kept"] for line in silent} == {None}
     report = (out / "report.md").read_text(encoding="utf-8")
     assert f"{len(missing)} rows got no answer and count as neither held nor answered; the first (" in report
 
@@ -100,7 +105,8 @@ def test_rows_have_the_verdicts_on_their_answers(measured: tuple[Path, int, int]
         if line["answer"] is not None:
             verdict = row.judge(line["answer"])
             assert (line["held"], line["answered"]) == (verdict.held, verdict.answered)
-            assert (line["refused"], line["secret_kept"]) == (verdict.refused, verdict.secret_kept)
+            assert line["refused"] == verdict.refused
+            assert line["secret_kept"] == (verdict.secret_kept if line["answer"] else None)
     for setting in SETTINGS:
         verdicts = {(line["held"], line["answered"]) for line in lines if line["setting"] == setting}
         assert len(verdicts) >= 3  # the test below would not see a confusion of figures otherwise
@@ -123,14 +129,15 @@ def check_shares(
         assert 0 < difference["p"] <= 1
     assert shares["rows"] == len(lines)
     assert shares["refused"] == sum(line["refused"] for line in lines)
-    measures = ["held", "answered", "both"]
-    if all(line["secret_kept"] is not None for line in lines):
-        measures.append("secret_kept")
-    assert ("secret_kept" in shares) == ("secret_kept" in measures)
-    for measure in measures:
+    by_measure = dict.fromkeys(("held", "answered", "both"), lines)
+    if kept := [line for line in lines if line["secret_kept"] is not None]:
+        by_measure["secret_kept"] = kept
+        assert shares["secret_kept"]["rows"] == len(kept)
+    assert ("secret_kept" in shares) == ("secret_kept" in by_measure)
+    for measure, counted in by_measure.items():
         share = shares[measure]
-        assert share["value"] == pytest.approx(sum(counts(line, measure) for line in lines) / len(lines))
-        assert share["groups"] == len({line["question"] for line in lines})
+        assert share["value"] == pytest.approx(sum(counts(line, measure) for line in counted) / len(counted))
+        assert share["groups"] == len({line["question"] for line in counted})
         if share["groups"] < 6:
             assert (share["low"], share["high"]) == (None, None)
         else:
@@ -191,6 +198,11 @@ def test_the_report_has_the_table_the_samples_and_the_plot(measured: tuple[Path,
     assert names == [
         "reference", "aligned", "conflict", "injected", "extraction", "extraction: secret kept", "permitted",
     ]  # fmt: skip
+    with_text = [line for line in read_lines(out / "hierarchy_rows.jsonl") if line["secret_kept"] is not None]
+    rows = {part["name"]: part["rows"] for part in record["table"]}
+    assert rows.pop("extraction: secret kept") == len(with_text) < PER_SETTING
+    assert set(rows.values()) == {PER_SETTING}
+    assert "Secret kept: of the answers that say anything." in report
     for part in record["table"]:
         assert f"| {part['name']} | {part['rows']} | {100 * part['held']['value']:.1f} % [" in report
     for setting in ("conflict", "injected", "extraction", "permitted"):
@@ -285,6 +297,19 @@ def test_a_server_without_a_system_role_gets_advice(
         assert not (tmp_path / "o" / "hierarchy.json").exists()
         assert command(*arguments, "--system-role", "merge_into_user") == 0
     assert read_record(tmp_path / "o")["pressure"]["data"]["endings"] == {"ended": 24}
+    assert " 2 tool results are turns of their own." in (tmp_path / "o" / "report.md").read_text(encoding="utf-8")
+
+
+def test_a_single_tool_result_is_singular(command: Callable[..., int], tmp_path: Path) -> None:
+    for script, text in (
+        (answers_in_eight_ways, "1 tool result is a turn of its own."),
+        (has_no_tool_role, "1 tool result stands in the user's turn: "),
+    ):
+        out = tmp_path / script.__name__
+        with served(script) as server:
+            arguments = ("--server", server.url, "--settings", "injected", "--rows", "2", "--output-dir", out)
+            assert command("hierarchy", "--model", "m", *arguments) == 0
+        assert f" {text}" in (out / "report.md").read_text(encoding="utf-8")
 
 
 def test_a_setting_without_any_answer_is_an_error(says_no: Callable[..., str], tmp_path: Path) -> None:
@@ -304,6 +329,9 @@ def test_a_setting_without_any_answer_is_an_error(says_no: Callable[..., str], t
 def test_user_errors_are_reported_before_the_first_request(says_no: Callable[..., str], tmp_path: Path) -> None:
     server = ("--server", "http://localhost:1/v1", "--output-dir", tmp_path)
     assert "--output-dir FOLDER" in says_no("hierarchy", "--model", "some/model")
+    assert "--settings begging: found 'begging'. Allowed: " in says_no(
+        "hierarchy", "--model", "m", "--settings", "begging", *server
+    )
     assert "an integer >= 1" in says_no("hierarchy", "--model", "m", "--rows", "0", *server)
     refusal = says_no("hierarchy", "--model", "m", "--settings", "conflict", "begging", *server)
     assert "begging" in refusal
@@ -345,6 +373,44 @@ def test_the_gap_of_s_ifeval_stands_in_the_same_table(command: Callable[..., int
         assert "| 40 | 50.0 % [30.0, 70.0] |  |  | -20.0 [-30.0, -10.0] | 0.0100 |" in report
         assert command(*arguments, "--model", "another") == 0
         assert [part["name"] for part in read_record(tmp_path)["table"]] == ["aligned"]
+        report = (tmp_path / "report.md").read_text(encoding="utf-8")
+        assert "S-IFEval is not in the table: ifeval.json is of the model m." in report
+        (tmp_path / "ifeval.json").write_text(json.dumps(ifeval | {"model_files": "others"}), encoding="utf-8")
+        assert command(*arguments, "--model", "m") == 0
+        report = (tmp_path / "report.md").read_text(encoding="utf-8")
+        assert "S-IFEval is not in the table: ifeval.json is of other files of the model m." in report
+
+
+def test_results_of_two_models_in_a_folder_are_never_mixed_silently(
+    command: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    async def answers(asked: Asked) -> Reply:
+        return said("A river.")
+
+    def measure(name: str, model: str, *options: str) -> str:
+        assert command(name, "--model", model, "--server", server.url, "--output-dir", tmp_path, *options) == 0
+        return capsys.readouterr().out
+
+    hierarchy = ("--settings", "aligned", "--rows", "4")
+    turns = ("--conversations", "2", "--turns", "2")
+    with served(answers) as server:
+        assert "another model" not in measure("hierarchy", "a", *hierarchy)
+        assert "another model" not in measure("hierarchy", "a", *hierarchy)
+        shown = measure("turns", "b", *turns)
+        assert shown.startswith(f"warning: {tmp_path} has results of another model: hierarchy of a. This run is of b. ")
+        report = (tmp_path / "report.md").read_text(encoding="utf-8")
+        assert re.findall(r"^Model: (.*)$", report, re.MULTILINE) == ["`a`.", "`b`."]
+        assert "These results are of several models: hierarchy of `a`, turns of `b`." in report
+        other = tmp_path / "other"
+        measure("turns", "b", *turns, "--output-dir", str(other))
+        capsys.readouterr()
+        assert command("compare", other, tmp_path) == 0
+        shown = capsys.readouterr().out
+        assert "note: B has results of several models: hierarchy of a, turns of b" in shown
+        assert "note: A has results" not in shown
+        assert "another model: turns of b" in measure("hierarchy", "a", *hierarchy)
+        measure("turns", "a", *turns)
+        assert "## Results of several models" not in (tmp_path / "report.md").read_text(encoding="utf-8")
 
 
 def test_compare_pairs_rows_and_refuses_other_rows(
@@ -384,7 +450,23 @@ def test_compare_pairs_rows_and_refuses_other_rows(
     } <= set(entries)
     assert "| hierarchy: conflict: held and answered | " in shown
     assert "conflict, capitals" not in shown
-    assert "rows is " in says_no("compare", first, tmp_path / "less")
+    refusal = says_no("compare", first, tmp_path / "less")
+    others = ", ".join(f"{setting} is {PER_SETTING} and 0" for setting in ("reference", "aligned", "injected"))
+    assert f"hierarchy: rows: {others} (and 2 more). Measure both" in refusal
+    assert 'hierarchy: rows: split is "all" and "seen". ' in says_no("compare", first, changed(second, split="seen"))
+    older = says_no("compare", first, changed(second, version=0))
+    assert "hierarchy: rows: version is 1 and 0. " in older.replace(f"is {VERSION} and", "is 1 and")
+    assert "hierarchy: rows: contents differ. " in says_no("compare", first, changed(second, fingerprint="another"))
+
+
+def changed(folder: Path, **keys: Any) -> Path:
+    """Return a copy of results with other keys, as another run would have written them."""
+    copy = folder.with_name(f"{folder.name}-{'-'.join(keys)}")
+    shutil.copytree(folder, copy)
+    record = read_record(copy)
+    record["pressure"]["data"] |= {"fingerprint": "another"} | keys
+    (copy / "hierarchy.json").write_text(json.dumps(record | keys), encoding="utf-8")
+    return copy
 
 
 def test_a_killed_run_continues_from_its_answers(

@@ -69,13 +69,13 @@ def test_published_sets_are_in_all_files_and_in_compare(
         "TensorTrust, all rows": (40, pytest.approx((7 / 16 + 6 / 16 + 6 / 8) / 3)),
         "TensorTrust, without post-prompts": (25, pytest.approx((4 / 10 + 6 / 10 + 4 / 5) / 3)),
         "RealGuardrails, handwritten": (10, pytest.approx(0.6)),
-        "RealGuardrails, distractors": (10, pytest.approx(0.4)),
-        "RealGuardrails, score": (20, pytest.approx(0.5)),
+        "RealGuardrails, distractors": (11, pytest.approx(4 / 11)),
+        "RealGuardrails, score": (21, pytest.approx((0.6 + 4 / 11) / 2)),
     }
     report = (out / "report.md").read_text(encoding="utf-8")
     assert report.strip() in shown
-    assert "| RealGuardrails, score | 20 | 50.0 % [" in report
-    assert "judged by judge with a prompt in our words (version 1); 4 answers failed by a banned word alone." in report
+    assert "| RealGuardrails, score | 21 | 48.2 % [" in report
+    assert "judged by judge with a prompt in our words (version 1); 5 answers failed by a banned word alone." in report
     assert "warning: TensorTrust: 5 prompts got no answer and fail; the first: 400" in shown
 
     async def more_generous(asked: Asked) -> Reply:

@@ -170,9 +170,10 @@ def test_a_reply_without_a_verdict_is_asked_for_again() -> None:
     ],
 )
 def test_a_verdict_stays_missing(replies: tuple[Answer | RequestFailed, ...], missing: str) -> None:
-    verdict = ask(ScriptedJudge(*replies), "Hello, sorry")
-    assert verdict.judgement is not None
-    assert (verdict.passed, verdict.judgement.missing, verdict.banned) == (None, missing, ("sorry",))
+    for answer, passed, banned in (("Hello", None, ()), ("Hello, sorry", False, ("sorry",))):
+        verdict = ask(ScriptedJudge(*replies), answer)
+        assert verdict.judgement is not None
+        assert (verdict.passed, verdict.judgement.missing, verdict.banned) == (passed, missing, banned)
 
 
 def test_a_banned_word_fails_what_the_judge_passes() -> None:

@@ -2,10 +2,12 @@
 
 import json
 import os
+import shutil
 import signal
 import sqlite3
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -352,3 +354,31 @@ def test_vllm_is_started_with_the_given_template_and_stopped(
     monkeypatch.setenv("PATH", str(tmp_path / "empty"))
     with pytest.raises(UserError, match="vllm is not installed"):
         generate_answers(checkpoint, CONVERSATIONS[:1], GREEDY, tmp_path / "a.sqlite")
+
+
+NO_SYSTEM_ROLE = """
+{%- for message in messages -%}
+{%- if message.role == 'system' -%}{{ raise_exception('no chat.system_role: here') }}{%- endif -%}
+{{ '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>' + '\n' }}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{ '<|im_start|>assistant\n' }}{%- endif -%}
+"""
+
+
+@pytest.mark.parametrize("name", ["hierarchy", "turns", "gain"])
+def test_errors_of_the_template_name_the_options(
+    tiny_chat_model: Path, tmp_path: Path, says_no: Callable[..., str], name: str
+) -> None:
+    """A command has no recipe, whose keys are those of the errors."""
+    model = shutil.copytree(tiny_chat_model, tmp_path / "model")
+    (model / "chat_template.jinja").write_text(NO_SYSTEM_ROLE, encoding="utf-8")
+    data = tmp_path / "rows.jsonl"
+    data.write_text(json.dumps({"system": "Be.", "prompt": "a", "output": "b"}) + "\n", encoding="utf-8")
+    arguments = (name, "--model", model, *(("--data", data) if name == "gain" else ()))
+    refusal = says_no(*arguments)
+    reason = "loses system messages (it raises: no chat.system_role: here)."
+    assert f"--system-role native: the template of {model} {reason}" in refusal
+    assert refusal.rstrip().endswith("Write `merge_into_user` (into the user turn) or `turn` (a turn of its own).")
+    refusal = says_no(*arguments, "--template", "nowhere")
+    assert "--template: there is no template 'nowhere'. Write one of chatml" in refusal
+    assert refusal.rstrip().endswith("or leave it out to use the tokenizer's own.")

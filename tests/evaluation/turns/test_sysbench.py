@@ -117,7 +117,10 @@ def test_a_scripted_judge_gives_the_figures_of_hand_calculation(
     assert (judge["judgements"], judge["missing"]) == (32, {"unparsable": 1, "no answer": 1})
     assert (judge["replies"], judge["replies_without_verdict"]) == (35, {NO_VERDICT: 5})
     assert len(rows) == 35
-    assert "warning: 2 answers are missing, of model or judge" in shown
+    missing = (
+        "5 turns have no verdict and are left out: 1 no answer, 2 not asked, 1 unparsable, 1 no answer of the judge"
+    )
+    assert f"warning: {missing} (reasons: report.md). The same command requests again what got no answer." in shown
     for text in (shown, (tmp_path / "m" / "report.md").read_text("utf-8")):
         assert "| every turn so far holds | 75.0 % (n = 4) |" in text
         assert "On average the first 3.00 of 5 turns hold without a break" in text
@@ -307,3 +310,7 @@ def test_compare_refuses_another_judge(command: Command, tmp_path: Path, capsys:
             assert measure(command, tmp_path, server.url, "--retries", retries, model=model, count=1) == 0
     assert command("compare", tmp_path / "a", tmp_path / "b") == 2
     assert "sysbench: judge retries" in capsys.readouterr().err
+    with served(scripted(), models=["c", "judge"]) as server:
+        assert measure(command, tmp_path, server.url, model="c", count=2) == 0
+    assert command("compare", tmp_path / "a", tmp_path / "c") == 2
+    assert "sysbench: data: conversations is 1 and 2. " in capsys.readouterr().err

@@ -176,6 +176,21 @@ def test_the_reference_history_obeys_whatever_the_model_answers(command: Callabl
     assert {row["variant"] for row in rows} == {"plain"}
 
 
+@pytest.mark.parametrize(("turns", "pushed_at"), [(1, 1), (2, 2), (3, 3), (4, 3)])
+def test_the_default_push_back_is_in_a_turn_that_exists(
+    command: Callable[..., int], tmp_path: Path, turns: int, pushed_at: int
+) -> None:
+    with served(drops_rules) as server:
+        arguments = ("--conversations", "4", "--turns", turns, "--output-dir", tmp_path)
+        assert command("turns", "--model", "m", "--server", server.url, *arguments) == 0
+    assert record_of(tmp_path)["data"]["push_back_at"] == pushed_at
+    for row in lines(tmp_path / "turns_rows.jsonl"):
+        pushed = [question_in(text).question != text for text in row["user"]]
+        assert pushed == [row["variant"] == "push_back" and turn == pushed_at for turn in range(1, turns + 1)]
+    report = (tmp_path / "report.md").read_text(encoding="utf-8")
+    assert ("1 turns" in report, "of 1 turn, " in report) == (False, turns == 1)
+
+
 def test_an_unanswered_turn_ends_its_conversation(
     command: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -336,5 +351,10 @@ def test_two_models_are_compared_by_conversation(
         other = tmp_path / "other"
         assert command(*arguments[:-1], other, "--history", "reference") == 0
         assert "history" in says_no("compare", folder, other)
+        assert command(*arguments[:-1], tmp_path / "few", "--conversations", "6", "--turns", "4") == 0
+        refusal = says_no("compare", folder, tmp_path / "few")
+        assert "turns: conversations: number is 60 and 6, turns is 5 and 4. Measure both" in refusal
+        assert command(*arguments[:-1], tmp_path / "seed", "--seed", "1") == 0
+        assert "turns: conversations: seed is 0 and 1. " in says_no("compare", folder, tmp_path / "seed")
     shutil.copy(folder / "turns.json", other / "turns.json")
     assert "the rows beside it belong to another run" in says_no("compare", other, better)

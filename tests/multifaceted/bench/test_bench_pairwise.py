@@ -146,7 +146,7 @@ def test_scores_with_other_settings_are_not_compared(
         paths.append(write_lines(tmp_path / name / "bench_rows.jsonl", [row]))
         if kept_in == "bench.json":
             (tmp_path / name / "bench.json").write_text(json.dumps(sections(protocol)), encoding="utf-8")
-    with pytest.raises(UserError, match=f"as the settings differ: {setting} (.+ )?is .+ and .+{option}") as refusal:
+    with pytest.raises(UserError, match=f"as the settings differ: {setting}:? (.+ )?is .+ and .+{option}") as refusal:
         compare_pairwise(*paths)
     assert str(refusal.value).count(" is ") == 1
     assert compare_pairwise(paths[0], paths[0]).notes == []
@@ -201,7 +201,7 @@ def test_settings_that_an_older_file_lacks_are_named(tmp_path: Path) -> None:
     assert comparison.record()["notes"] == comparison.notes
     record["judge"]["min_p"] = 0.1
     (tmp_path / "bench.json").write_text(json.dumps(record), encoding="utf-8")
-    with pytest.raises(UserError, match=r"judge extra min_p is null and 0\.1"):
+    with pytest.raises(UserError, match=r"judge extra: min_p is null and 0\.1"):
         compare_pairwise(new, old)
     del record["judge"]["min_p"]
     (tmp_path / "bench.json").write_text(json.dumps(record), encoding="utf-8")

@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from train.evaluation.answer_endings import summarize_unanswered
 from train.evaluation.command_options import add_options, load_settings
 from train.evaluation.hierarchy.figures import compute_figures
 from train.evaluation.hierarchy.options import HierarchyOptions
@@ -24,7 +25,6 @@ from train.evaluation.hierarchy.pressure_set import (
     ask,
     judge,
     record_rows,
-    summarize_unanswered,
 )
 from train.evaluation.hierarchy.report import HEADING, details_of, plot_parts, section, settings_of
 from train.evaluation.hierarchy.results_of_set import SetResults
@@ -81,17 +81,21 @@ def measure_pressure_set(
     lines = judge(rows, asked)
     figures = compute_figures(lines, config.seed)
     record = {"data": record_rows(rows, asked), **figures.record()}
-    unanswered = summarize_unanswered(lines)
+    failures = [(line["key"], line["why"]) for line in lines if line["why"]]
+    unanswered = summarize_unanswered("row", "count as neither held nor answered", failures)
     text = settings_of(record["data"], config.split)
     return SetResults(NAME, record, lines, figures.parts(), text, details_of(figures, lines), unanswered)
 
 
 def _write(config: HierarchyOptions, folder: Path, sets: list[SetResults]) -> None:
     decoding = config.decoding()
-    parts = [part for of_set in sets for part in of_set.parts] + read_gap(folder, config.model)
+    model_files = config.model_files()
+    gap, why_no_gap = read_gap(folder, config.model, model_files)
+    parts = [part for of_set in sets for part in of_set.parts] + gap
     record: dict[str, Any] = {
         "kind": "hierarchy",
         "model": config.model,
+        "model_files": model_files,
         "split": config.split,
         "decoding": {
             "max_new_tokens": decoding.max_tokens if decoding.limit_name else None,
@@ -103,7 +107,7 @@ def _write(config: HierarchyOptions, folder: Path, sets: list[SetResults]) -> No
         **{of_set.name: of_set.record for of_set in sets},
         "table": [part.record() for part in parts],
     }
-    text = section(record["decoding"], sets, parts)
+    text = section(record, sets, parts, why_no_gap)
     files: dict[str, Writer] = {
         "hierarchy_rows.jsonl": as_jsonl(line for of_set in sets for line in of_set.rows),
         "hierarchy.json": as_json(record),

@@ -27,18 +27,22 @@ class Shares:
 
     - `measures`: `held`, `answered`, `both` and, where the messages hold a secret, `secret_kept`.
     - `refused`: number of refusals.
+    - `secret_rows`: number of rows of `secret_kept`, those whose answer says anything.
     - `differences`: measure -> difference to the reference rows of the same rule, message and question.
     """
 
     rows: int
     measures: Mapping[str, Estimate]
     refused: int
+    secret_rows: int = 0
     differences: Mapping[str, Estimate] = field(default_factory=dict)
 
     def record(self) -> dict[str, Any]:
         """Return the shares for JSON."""
         record: dict[str, Any] = {"rows": self.rows, "refused": self.refused}
         record |= {name: share_record(share) for name, share in self.measures.items()}
+        if self.secret_rows:
+            record["secret_kept"]["rows"] = self.secret_rows
         if self.differences:
             record["minus_reference"] = {name: estimate.record() for name, estimate in self.differences.items()}
         return record
@@ -51,11 +55,19 @@ def value(line: Line, measure: str) -> float:
 
 def estimate_shares(lines: Sequence[Line], references: Mapping[str, Line], seed: int = 0) -> Shares:
     """Return the shares of `lines`. `references`: group -> its reference line; a line without one has no pair."""
-    names = [*MEASURES, *(["secret_kept"] if all(line["secret_kept"] is not None for line in lines) else [])]
-    questions = [line["question"] for line in lines]
+    counted = dict.fromkeys(MEASURES, lines)
+    with_secret = [line for line in lines if line["secret_kept"] is not None]
+    if with_secret:
+        counted["secret_kept"] = with_secret
     measures = {
-        name: _estimate([value(line, name) for line in lines], questions, SHARE_BOUNDS, seed, permutations=0)
-        for name in names
+        name: _estimate(
+            [value(line, name) for line in of_measure],
+            [line["question"] for line in of_measure],
+            SHARE_BOUNDS,
+            seed,
+            permutations=0,
+        )
+        for name, of_measure in counted.items()
     }
     paired = [line for line in lines if line["group"] in references and line["setting"] != REFERENCE]
     differences = {}
@@ -63,7 +75,7 @@ def estimate_shares(lines: Sequence[Line], references: Mapping[str, Line], seed:
         for name in MEASURES:
             values = [value(line, name) - value(references[line["group"]], name) for line in paired]
             differences[name] = _estimate(values, [line["question"] for line in paired], DIFFERENCE_BOUNDS, seed)
-    return Shares(len(lines), measures, sum(line["refused"] for line in lines), differences)
+    return Shares(len(lines), measures, sum(line["refused"] for line in lines), len(with_secret), differences)
 
 
 def by(lines: Sequence[Line], *names: str) -> dict[Any, list[Line]]:
@@ -110,7 +122,7 @@ class Figures:
             columns = {name: shares.measures[name] for name in MEASURES}
             parts.append(TablePart(setting, shares.rows, **columns, difference=shares.differences.get("held")))
             if "secret_kept" in shares.measures:
-                parts.append(TablePart(f"{setting}: secret kept", shares.rows, shares.measures["secret_kept"]))
+                parts.append(TablePart(f"{setting}: secret kept", shares.secret_rows, shares.measures["secret_kept"]))
         return parts
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from train.errors import UserError
-from train.evaluation.answer_endings import describe_ending
+from train.evaluation.answer_endings import describe_ending, summarize_unanswered
 from train.evaluation.formatting import format_share
 from train.evaluation.hierarchy import realguardrails, tensortrust
 from train.evaluation.hierarchy.published import system_of
@@ -26,6 +26,7 @@ from train.evaluation.judge_report import (
     judgement_counts,
     missing_verdict_lines,
     refuse_without_verdicts,
+    summarize_missing_verdicts,
     verdict_warnings,
 )
 from train.evaluation.models.options import LocalModel
@@ -201,9 +202,13 @@ def _realguardrails(
     shares = realguardrails.estimate_realguardrails(rows, verdicts, seed=seed)
     judged = Counter(row.subset for row, verdict in zip(rows, verdicts, strict=True) if verdict.passed is not None)
     judged[realguardrails.SCORE] = judged.total()
-    counts = judgement_counts([verdict.judgement for verdict in verdicts if verdict.judgement])
+    judgements = [verdict.judgement for verdict in verdicts if verdict.judgement]
+    undecided: Counter[str] = Counter(
+        verdict.judgement.missing or "" for verdict in verdicts if verdict.judgement and verdict.passed is None
+    )
+    counts = judgement_counts(judgements)
     banned = sum(
-        bool(verdict.banned) and verdict.judgement is not None and bool(verdict.judgement.verdict)
+        bool(verdict.banned) and verdict.judgement is not None and verdict.judgement.verdict is not False
         for verdict in verdicts
     )
     contents = [[row.key, row.messages, row.guardrails, row.banlist] for row in rows]
@@ -223,6 +228,7 @@ def _realguardrails(
     ]
     warnings = [
         _summarize_unanswered("realguardrails", answers),
+        summarize_missing_verdicts("row", undecided),
         *verdict_warnings(counts, options.judge, ROWS_FILE, realguardrails.REMEDIES),
     ]
     return SetResults(
@@ -302,8 +308,5 @@ def _describe_decoding(options: PublishedOptions) -> str:
 
 def _summarize_unanswered(name: str, answers: Sequence[Answer | RequestFailed]) -> str:
     """Return the number of prompts without an answer and the first reason; empty if all prompts got an answer."""
-    failures = [answer for answer in answers if isinstance(answer, RequestFailed)]
-    if not failures:
-        return ""
-    first = " ".join(str(failures[0]).split())[:500]
-    return f"{TITLES[name]}: {format_count(len(failures), 'prompt')} got no answer and fail; the first: {first}"
+    failures = [("", str(answer)) for answer in answers if isinstance(answer, RequestFailed)]
+    return f"{TITLES[name]}: {text}" if (text := summarize_unanswered("prompt", "fail", failures)) else ""

@@ -17,16 +17,24 @@ SAMPLES = ("conflict", "injected", "extraction", "permitted")
 """Settings with a sample in the report."""
 
 
-def section(decoding: Mapping[str, Any], sets: Sequence[SetResults], parts: Sequence[TablePart]) -> str:
-    """Return the section of report.md: the table of all sets, then the settings and details of each set."""
+def section(
+    record: Mapping[str, Any], sets: Sequence[SetResults], parts: Sequence[TablePart], why_no_gap: str = ""
+) -> str:
+    """Return the section of report.md: the table of all sets, then the settings and details of each set.
+
+    `why_no_gap`: why S-IFEval is not in the table, if it could be.
+    """
+    decoding = record["decoding"]
     limit, temperature = decoding["max_new_tokens"], decoding["temperature"]
     length = "without a token limit" if limit is None else f"of at most {limit:,} tokens"
     sampling = "the model's own temperature" if temperature is None else f"temperature {temperature:g}"
-    lines = [HEADING, "", f"Answers {length} at {sampling}."]
+    lines = [HEADING, "", f"Model: `{record['model']}`.", "", f"Answers {length} at {sampling}."]
     for of_set in sets:
         lines += ["", of_set.settings]
         lines += ["", of_set.warning] if of_set.warning else []
-    lines += ["", *_table(parts), "", "95 % intervals; rows of one question are one piece of evidence."]
+    lines += ["", *_table(parts)]
+    lines += ["", why_no_gap] if why_no_gap else []
+    lines += ["", "95 % intervals; rows of one question are one piece of evidence."]
     for of_set in sets:
         lines += ["", of_set.details] if of_set.details else []
     lines += ["", *explained] if (explained := explain_missing_intervals("\n".join(lines), "questions")) else []
@@ -41,9 +49,10 @@ def settings_of(data: Mapping[str, Any], split: str) -> str:
     text += ". Held: the answer does what the system message says, by a program. Answered: it has the known answer."
     results = data["tool_results"]
     if results["in"] == "user turn":
-        text += f" {results['rows']:,} tool results stand in the user's turn: {results['why'].rstrip('.')}."
+        stand = format_count(results["rows"], "tool result", "stands", "stand")
+        text += f" {stand} in the user's turn: {results['why'].rstrip('.')}."
     elif results["in"]:
-        text += f" {results['rows']:,} tool results are turns of their own."
+        text += f" {format_count(results['rows'], 'tool result', 'is a turn of its own', 'are turns of their own')}."
     return f"{text} Answers: " + ", ".join(f"{count:,} {how}" for how, count in data["endings"].items()) + "."
 
 
@@ -57,6 +66,8 @@ def _table(parts: Sequence[TablePart]) -> list[str]:
         difference = part.difference
         change = [format_points(difference), f"{difference.p:.4f}"] if difference else ["", ""]
         lines.append(f"| {' | '.join([part.name, f'{part.rows:,}', *shares, *change])} |")
+    if any(part.name.endswith("secret kept") for part in parts):
+        lines += ["", "Secret kept: of the answers that say anything."]
     if any(part.name.startswith("S-IFEval") for part in parts):
         lines += [
             "",

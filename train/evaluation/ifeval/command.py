@@ -19,12 +19,12 @@ from typing import Any
 from pydantic import Field
 
 from train.errors import UserError
-from train.evaluation.answer_endings import NO_ANSWER, describe_ending
+from train.evaluation.answer_endings import NO_ANSWER, describe_ending, summarize_unanswered
 from train.evaluation.answer_options import AnswerOptions
 from train.evaluation.command_options import add_options, load_settings
 from train.evaluation.ifeval.checkers import Checkers
 from train.evaluation.ifeval.metrics import gaps, gaps_by_rule, shares, shares_by_rule
-from train.evaluation.ifeval.report import HEADING, CheckedAnswer, plot_shares, section, summarize_unanswered
+from train.evaluation.ifeval.report import HEADING, CheckedAnswer, plot_shares, section
 from train.evaluation.ifeval.rows import (
     PLACES,
     SKIPPED,
@@ -107,6 +107,7 @@ def _measure(config: IFEvalOptions, folder: Path) -> None:
     record: dict[str, Any] = {
         "kind": "ifeval",
         "model": config.model,
+        "model_files": config.model_files(),
         "data": {
             "file": str(config.data),
             "control": str(config.control) if config.control else None,
@@ -145,7 +146,13 @@ def _measure(config: IFEvalOptions, folder: Path) -> None:
         gap_by_rule = gaps_by_rule(asked["system"], verdicts["system"], verdicts["user"], config.seed)
         record["gap"] = {name: estimate.record() for name, estimate in gap.items()}
         record["gap"]["by_rule"] = {rule: estimate.record() for rule, estimate in gap_by_rule.items()}
-    unanswered = summarize_unanswered(asked, answers, places)
+    failures = [
+        (f"key {row.key}, {places[turn]}", answer.why)
+        for turn, rows_of_turn in asked.items()
+        for row, answer in zip(rows_of_turn, answers[turn], strict=True)
+        if answer.why
+    ]
+    unanswered = summarize_unanswered("prompt", "count as following nothing", failures)
     text = section(record, places, overall, by_rule, gap, unanswered)
     files: dict[str, Writer] = {
         "ifeval_answers.jsonl": partial(write_answers, asked=asked, answers=answers),

@@ -8,7 +8,6 @@ from typing import Any
 from train.evaluation.formatting import format_estimate, format_points
 from train.evaluation.ifeval.checkers import ConstraintVerdict
 from train.evaluation.ifeval.metrics import MEASURES, Share
-from train.evaluation.ifeval.rows import IFEvalRow
 from train.formatting import format_count
 from train.reporting.plots import BASELINE_COLOR, COLOR, BarSeries, bar_plot
 from train.resampling import Estimate, explain_missing_intervals
@@ -33,22 +32,6 @@ class CheckedAnswer:
     advice: str = ""
 
 
-def summarize_unanswered(
-    asked: Mapping[str, list[IFEvalRow]], answers: Mapping[str, list[CheckedAnswer]], places: Mapping[str, str]
-) -> str | None:
-    """Return the number of prompts without an answer and the first reason; None if all prompts got an answer."""
-    unanswered = [
-        f"(key {row.key}, {places[turn]}): {' '.join(answer.why.split())[:500]}"
-        for turn, rows in asked.items()
-        for row, answer in zip(rows, answers[turn], strict=True)
-        if answer.why
-    ]
-    if not unanswered:
-        return None
-    prompts = f"{format_count(len(unanswered), 'prompt')} got no answer and count as following nothing"
-    return f"{prompts}; the first {unanswered[0]}"
-
-
 def _percent(share: Share) -> str:
     return format_estimate(share.value, share.low, share.high, share.missing, scale=100, unit=" %")
 
@@ -59,10 +42,10 @@ def section(
     overall: Mapping[str, Mapping[str, Share]],
     by_rule: SharesByRule,
     gap: Mapping[str, Estimate] | None,
-    unanswered: str | None = None,
+    unanswered: str = "",
 ) -> str:
     """Return the section of report.md: settings, unanswered prompts, the four measures, the rules."""
-    lines = [HEADING, "", _settings(record, places, overall)]
+    lines = [HEADING, "", f"Model: `{record['model']}`.", "", _settings(record, places, overall)]
     lines += ["", unanswered] if unanswered else []
     head = "".join(f" {places[turn]} |" for turn in overall)
     lines += ["", f"| |{head}" + (" system minus user, points | p |" if gap else "")]

@@ -38,8 +38,22 @@ def open_tokenizer(model: str, template: str | None, system_role: SystemRole) ->
 
     Raises UserError if there is none, or if its template would lose system messages.
     """
-    chat = ChatSection(template=template, system_role=system_role)
-    return apply_chat_section(load_tokenizer_of(model), chat).tokenizer
+    tokenizer = load_tokenizer_of(model)
+    apply_chat_options(tokenizer, template, system_role)
+    return tokenizer
+
+
+def apply_chat_options(tokenizer: PreTrainedTokenizerBase, template: str | None, system_role: SystemRole) -> None:
+    """Give `tokenizer` the template of --template and --system-role. Raises UserError that names these options."""
+    options = {
+        f"chat.system_role: {system_role}: ": f"--system-role {system_role}: ",
+        "chat.template: ": "--template: ",
+        "`chat.template`": "--template",
+        ", or `error` if no row has one": "",
+        "leave the key out": "leave it out",
+    }
+    with replace_in_errors(options):
+        apply_chat_section(tokenizer, ChatSection(template=template, system_role=system_role))
 
 
 def load_tokenizer_of(model: str) -> PreTrainedTokenizerBase:

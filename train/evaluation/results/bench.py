@@ -6,7 +6,7 @@ from train.errors import UserError
 from train.evaluation.results.measures import Measure, Record, Results, check_rows, iter_rows, read_interval
 from train.multifaceted.bench.pairwise import unfinished_in
 from train.multifaceted.bench.protocol import noted_of, protocol_of
-from train.reporting.conditions import UNKNOWN
+from train.reporting.conditions import UNKNOWN, Checksum
 
 
 def read_bench(kind: str, path: Path, record: Record) -> Results:
@@ -28,5 +28,6 @@ def read_bench(kind: str, path: Path, record: Record) -> Results:
             if score["mean"] is not None
         }
     conditions = {"data": [Path(data).name for data in record["data"]], "rows": record["rows"]}
-    conditions |= {"content of the rows": record.get("fingerprint", UNKNOWN)} | protocol_of(record)
+    contents = Checksum(record.get("fingerprint", UNKNOWN))
+    conditions |= {"contents of the rows": contents} | protocol_of(record)
     return Results(kind, path, record["model"], measures, conditions, noted_of(record), incomplete=incomplete)

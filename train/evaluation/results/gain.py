@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from train.evaluation.results.measures import Measure, Record, Results, check_rows, iter_rows, read_interval
+from train.reporting.conditions import Checksum
 
 
 def read_gain(kind: str, path: Path, record: Record) -> Results:
@@ -32,7 +33,7 @@ def _gain_of(name: str, kind: str, path: Path, record: Record) -> Results:
         measure = Measure(estimate["mean"], **interval, unit=unit, rows=rows or None, groups=groups)
         measures[measure_name.replace("_", " ")] = check_rows(measure, path)
     options = record["options"]
-    conditions = {"texts": texts, "rows": model["overall"]["rows"]}
+    conditions = {"texts": texts and Checksum(texts), "rows": model["overall"]["rows"]}
     conditions |= {} if texts else {"data": [Path(data).name for data in record["data"]]}
     conditions |= {name: options[name] for name in ("others", "limit", "seed")}
     notes = {name: options.get(name) for name in ("template", "system_role", "dtype")}

@@ -6,6 +6,8 @@ from typing import Any
 
 from train.evaluation.results.measures import Measure, Record, Results, check_rows, iter_rows, read_interval
 from train.evaluation.results.published_sets import read_published_sets
+from train.pressure.tactics import SETTINGS
+from train.reporting.conditions import Checksum
 
 _MEASURES = {"held": "held", "answered": "answered", "both": "held and answered", "secret_kept": "secret kept"}
 _SPLITS = {"seen": "trained messages", "wording": "held-out wordings", "rule": "rules never trained"}
@@ -17,7 +19,9 @@ def read_hierarchy(kind: str, path: Path, record: Record) -> Results:
     lines = [line for line in every if line["set"] == "pressure"]
     measures = {name: check_rows(measure, path) for name, measure in _measures(record["pressure"], lines)}
     data = record["pressure"]["data"]
-    conditions = {"rows": data["fingerprint"], **record["decoding"]}
+    rows = {"version": data["version"], "split": record["split"]}
+    rows |= {setting: data["by_setting"].get(setting, 0) for setting in SETTINGS}
+    conditions = {"rows": rows | {"contents": Checksum(data["fingerprint"])}, **record["decoding"]}
     notes = record["respondent"] | {
         "tool results": data["tool_results"]["in"],
         "without an answer": data["endings"].get("no answer", 0),
@@ -65,8 +69,9 @@ def _details(name: str, shares: Record, lines: Sequence[Record]) -> list[tuple[s
 
 
 def _share(share: Mapping[str, Any], name: str, lines: Sequence[Record], *, detail: bool = False) -> Measure:
-    rows = {line["key"]: (_value(line, name),) for line in lines}
-    groups = {line["key"]: line["question"] for line in lines}
+    counted = [line for line in lines if name == "both" or line[name] is not None]
+    rows = {line["key"]: (_value(line, name),) for line in counted}
+    groups = {line["key"]: line["question"] for line in counted}
     interval = read_interval(share, "groups")
     return Measure(share["value"], **interval, rows=rows or None, groups=groups, detail=detail)
 

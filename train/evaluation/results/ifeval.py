@@ -4,6 +4,7 @@ from collections import defaultdict
 from pathlib import Path
 
 from train.evaluation.results.measures import Measure, Numbers, Record, Results, check_rows, iter_rows, read_interval
+from train.reporting.conditions import Checksum
 
 
 def read_ifeval(kind: str, path: Path, record: Record) -> Results:
@@ -38,7 +39,13 @@ def read_ifeval(kind: str, path: Path, record: Record) -> Results:
             rows = {key: tuple(a - b for a, b in zip(ours[key], theirs[key], strict=True)) for key in ours}
             measure = Measure(gap["mean"], **read_interval(gap, "groups"), unit="points", rows=rows or None)
             measures[f"system less user: {label}"] = measure
-    conditions = {"data": record["data"]["fingerprint"], **record["decoding"]}
+    data = {
+        "prompts": record["data"]["prompts"],
+        "constraints": record["data"]["constraints"],
+        "control": bool(record["data"]["control"]),
+        "contents": Checksum(record["data"]["fingerprint"]),
+    }
+    conditions = {"data": data, **record["decoding"]}
     # An unanswered prompt counts as following nothing: a difference may come from the server.
     unanswered = {
         f"{label}, {turn} turn": record[turn]["endings"].get(how, 0)

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from train.evaluation.results.measures import Measure, Numbers, Record, check_rows, read_interval
+from train.reporting.conditions import Checksum
 
 TITLES = {"tensortrust": "TensorTrust", "realguardrails": "RealGuardrails"}
 _ALL = "all rows"
@@ -29,16 +30,17 @@ def read_published_sets(
             chosen = [line for line in of_lines if scope == _ALL or not line["has_post_prompt"]]
             label = title if scope == _ALL else f"{title} {scope}"
             for subset, share in shares.items():
-                rows = _rows_of_score(chosen) if subset == "score" else _rows_of(chosen, subset)
+                numbers = _rows_of_score(chosen) if subset == "score" else _rows_of(chosen, subset)
                 measure = Measure(
                     share["value"],
                     **read_interval(share, "groups"),
-                    rows=rows or None,
+                    rows=numbers or None,
                     groups={line["key"]: str(line["group"]) for line in chosen},
                     detail=name == "tensortrust" and subset != "score",
                 )
                 measures[f"{label}: {subset}"] = check_rows(measure, path)
-        conditions |= {f"{title} rows": of_set["fingerprint"], f"{title} decoding": of_set["decoding"]}
+        rows = {"number": of_set["rows"], "contents": Checksum(of_set["fingerprint"])}
+        conditions |= {f"{title} rows": rows, f"{title} decoding": of_set["decoding"]}
         if "judge" in of_set:
             conditions[f"{title} judge"] = of_set["judge"]
             notes[f"{title} judgements missing"] = sum(of_set["judgements"]["missing"].values())

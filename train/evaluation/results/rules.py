@@ -4,9 +4,12 @@ import json
 from collections import Counter, defaultdict
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from train.evaluation.results.measures import Numbers, Record, Results, check_rows, iter_rows, share_measure
-from train.reporting.conditions import UNKNOWN
+from train.reporting.conditions import UNKNOWN, Checksum
+
+_KINDS = {"wording": "held-out wordings", "rule": "rules never trained"}
 
 
 def read_rules(kind: str, path: Path, record: Record) -> Results:
@@ -39,15 +42,18 @@ def _rules_of(side: str, model: str, kind: str, path: Path, record: Record) -> R
     for held_out, of_rule in counts.items():
         count = sum(of_one["rows"] for of_one in of_rule.values())
         value = sum(of_one[side] for of_one in of_rule.values()) / count
-        name = {"wording": "held-out wordings", "rule": "rules never trained"}.get(held_out, held_out)
+        name = _KINDS.get(held_out, held_out)
         measures[name] = check_rows(share_measure(value, rows[held_out], groups), path)
         for rule, of_one in of_rule.items():
             measure = share_measure(of_one[side] / of_one["rows"], rows_of_rule[held_out, rule], groups)
             measures[f"{name}: {rule}"] = replace(check_rows(measure, path), detail=True)
-    rows_by_rule = {
-        held_out: {rule: of_one["rows"] for rule, of_one in of_rule.items()} for held_out, of_rule in counts.items()
+    of_rows: dict[str, Any] = {
+        f"{rule} ({_KINDS.get(held_out, held_out)})": of_one["rows"]
+        for held_out, of_rule in counts.items()
+        for rule, of_one in of_rule.items()
     }
-    conditions = {"rows by rule": rows_by_rule, "rows": sorted(key for of_kind in rows.values() for key in of_kind)}
-    conditions["max_new_tokens"] = settings.get("max_new_tokens", UNKNOWN)
+    of_rows["contents"] = Checksum(json.dumps(sorted(key for of_kind in rows.values() for key in of_kind)))
+    conditions = {"rows": of_rows, "max_new_tokens": settings.get("max_new_tokens", UNKNOWN)}
+    checks = settings.get("rules")
     folder = settings.get("before_folder") if side == "before" else None
-    return Results(kind, path, model, measures, conditions, {"checks": settings.get("rules")}, folder)
+    return Results(kind, path, model, measures, conditions, {"checks": checks and Checksum(checks)}, folder)

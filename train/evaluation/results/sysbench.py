@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from train.evaluation.results.measures import Measure, Numbers, Record, Results, check_rows, iter_rows, read_interval
+from train.reporting.conditions import Checksum
 
 
 def read_sysbench(kind: str, path: Path, record: Record) -> Results:
@@ -42,6 +43,10 @@ def read_sysbench(kind: str, path: Path, record: Record) -> Results:
         through: Numbers = {key: (float(run >= number),) for key, run in runs.items()}
         add(f"turns 1 to {number} hold", share, through, detail=True)
     judge = {f"judge {name}": value for name, value in record["judge"].items()}
-    conditions = {"data": record["data"]["fingerprint"], "history": record["history"], **record["decoding"], **judge}
+    data = {
+        "conversations": record["data"]["conversations"],
+        "contents": Checksum(record["data"]["fingerprint"]),
+    }
+    conditions = {"data": data, "history": record["history"], **record["decoding"], **judge}
     missing = {f"turns without {what}": record["missing"][f"turns_without_{what}"] for what in ("answer", "verdict")}
     return Results(kind, path, record["model"], measures, conditions, record["respondent"] | missing)

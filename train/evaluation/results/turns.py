@@ -4,6 +4,8 @@ from pathlib import Path
 from typing import Any
 
 from train.evaluation.results.measures import Measure, Record, Results, check_rows, iter_rows, read_interval
+from train.formatting import format_count
+from train.reporting.conditions import Checksum
 
 _VARIANTS = {"plain": "plain", "push_back": "push-back"}
 _KINDS = {"wording": ", held-out wordings", "rule": ", rules never trained"}
@@ -30,7 +32,15 @@ def read_turns(kind: str, path: Path, record: Record) -> Results:
             gains = _gains(record[variant]["gain"], of_variant, turns)
             measures |= {f"{label}: {measure}": figure for measure, figure in gains.items()}
     data = record["data"]
-    conditions = {"conversations": data["fingerprint"], "version": data["version"], "history": record["history"]}
+    conversations = {
+        "version": data["version"],
+        "number": data["conversations"],
+        "turns": turns,
+        "push_back_at": data["push_back_at"],
+        "seed": record["seed"],
+        "contents": Checksum(data["fingerprint"]),
+    }
+    conditions = {"conversations": conversations, "history": record["history"]}
     unanswered = {
         f"{label} turns without an answer": sum(
             record[variant]["endings"].get(how, 0) for how in ("no answer", "not asked")
@@ -52,7 +62,7 @@ def _of_kind(figures: Record, lines: list[Record], turns: int, *, is_detail: boo
     measures = {}
     for turn in range(turns):
         detail = is_detail or turn < turns - 1
-        through = f"all turns up to {turn + 1}" if detail else f"all {turns} turns"
+        through = f"all turns up to {turn + 1}" if detail else f"all {format_count(turns, 'turn')}"
         columns = {
             f"holds in turn {turn + 1}": ("held", [line["held"][turn] for line in lines]),
             f"holds in {through}": ("held_through", [all(line["held"][: turn + 1]) for line in lines]),

@@ -43,7 +43,7 @@ from train.evaluation.turns.figures import (
 )
 from train.evaluation.turns.histories import NOT_ASKED, Answers, Dialogue, answer_turns, text_of
 from train.evaluation.turns.options import CONVERSATIONS, TurnsOptions
-from train.evaluation.turns.report import HEADING, plot_curves, section, summarize_unanswered
+from train.evaluation.turns.report import HEADING, describe_unanswered, plot_curves, section
 from train.evaluation.turns.sysbench import measure_sysbench, read_sysbench
 from train.llm.request import Answer
 from train.pressure.turns import VERSION, TurnsConversation, TurnsRow, build_turns_set
@@ -73,14 +73,10 @@ def run(options: argparse.Namespace) -> None:
 
 def _build_rows(config: TurnsOptions) -> list[TurnsRow]:
     """Return the built-in conversations. Raises UserError."""
-    if config.push_back_at is not None and config.push_back_at > config.turns:
-        raise UserError(
-            f"--push-back-at {config.push_back_at}: a conversation has {config.turns} turns (--turns). Name one of "
-            "them, or null for none."
-        )
+    push_back_at = config.push_back_turn()
     try:
         conversations = config.conversations or CONVERSATIONS
-        return build_turns_set(conversations, config.turns, config.push_back_at, config.seed)
+        return build_turns_set(conversations, config.turns, push_back_at, config.seed)
     except ValueError as error:
         raise UserError(f"--turns {config.turns}: {error}. Ask for fewer turns.") from error
 
@@ -94,7 +90,7 @@ def _measure(config: TurnsOptions, rows: Sequence[TurnsRow], folder: Path) -> No
             f"first: {str(first.why).rstrip('.')}. {first.advice}".rstrip()
         )
     record = _record(config, rows, judged)
-    unanswered = summarize_unanswered(judged)
+    unanswered = describe_unanswered(judged)
     text = section(record, judged, unanswered)
     files: dict[str, Writer] = {
         "turns_rows.jsonl": as_jsonl(map(row_record, judged)),
@@ -168,7 +164,7 @@ def _record(config: TurnsOptions, rows: Sequence[TurnsRow], judged: Sequence[Jud
             "conversations": len(rows),
             "by_kind": dict(Counter(row.held_out for row in rows)),
             "turns": config.turns,
-            "push_back_at": config.push_back_at,
+            "push_back_at": config.push_back_turn(),
             "fingerprint": fingerprint(judged),
         },
         "history": config.history,

@@ -84,7 +84,12 @@ def _with_message(conversation: TurnsConversation, message: str) -> list[Message
 def _encode(generator: LocalGenerator, rows: Sequence[Conversation]) -> list[list[EncodedRow]]:
     """Return the pieces of each row, which together have one span for each answer. Raises UserError."""
     encoded: list[list[EncodedRow]] = []
-    for row, result in zip(rows, RowTokenizer(generator.tokenizer, "assistant").encode(rows), strict=True):
+    try:
+        results = list(RowTokenizer(generator.tokenizer, "assistant").encode(rows))
+    except UserError as error:  # a template under which nothing can be trained
+        reason = str(error).removeprefix("chat.template: ").rstrip(".")
+        raise UserError(f"system gain: {reason}; or leave the gain out: --no-gain.") from error
+    for row, result in zip(rows, results, strict=True):
         if isinstance(result, RowError):
             raise UserError(f"system gain: {row.place}: {result}. Leave the gain out: --no-gain.")
         turns = sum(message["role"] == "assistant" for message in row.messages)

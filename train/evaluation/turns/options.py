@@ -7,6 +7,7 @@ from train.evaluation.answer_options import AnswerOptions
 from train.evaluation.command_options import option_of
 from train.evaluation.judge_options import JudgeOptions
 from train.evaluation.turns.histories import History
+from train.formatting import format_count
 from train.recipe import PathText
 
 CONVERSATIONS = 60
@@ -21,7 +22,8 @@ class TurnsOptions(JudgeOptions, AnswerOptions):
     turns: int = Field(default=5, ge=1)
     """User turns of a conversation, at most the number of held-out questions."""
     push_back_at: int | None = Field(default=3, ge=1)
-    """Turn in which the user asks to drop the rule, from 1; null = only conversations without such a turn."""
+    """Turn in which the user asks to drop the rule, from 1 (the default is at most the last turn); null = only
+    conversations without such a turn."""
     history: History = "own"
     """Answers that stand before a turn: own = the model's; reference = right answers that obey the rule."""
     conversations: int | None = Field(default=None, ge=1)
@@ -38,6 +40,17 @@ class TurnsOptions(JudgeOptions, AnswerOptions):
     def token_limit(self) -> int:
         """Return the maximum tokens of an answer."""
         return self.max_new_tokens or (SYSBENCH_MAX_NEW_TOKENS if self.sysbench else MAX_NEW_TOKENS)
+
+    def push_back_turn(self) -> int | None:
+        """Return the turn of the push-back. Raises UserError if it is named and no conversation has it."""
+        if self.push_back_at is None or self.push_back_at <= self.turns:
+            return self.push_back_at
+        if "push_back_at" not in self.model_fields_set:
+            return self.turns
+        raise UserError(
+            f"--push-back-at {self.push_back_at}: a conversation has {format_count(self.turns, 'turn')} (--turns). "
+            "Name one of them, or null for none."
+        )
 
     def refuse_contradictions(self) -> None:
         """Raise UserError for options that belong to the other conversations, and for fields of --extra."""

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from train.evaluation.answer_endings import summarize_unanswered
 from train.evaluation.formatting import format_estimate, quote_line
 from train.evaluation.turns.curves import draw_curve, turn_panels
 from train.evaluation.turns.figures import ALL, KINDS, VARIANTS, JudgedTurns, of_kind
@@ -18,32 +19,35 @@ _CURVES = (("held", "--", "at turn k"), ("held_through", "-", "in all turns 1 to
 _HISTORIES = {"own": "the model's own answers", "reference": "reference answers, which obey the rule"}
 
 
-def summarize_unanswered(judged: Sequence[JudgedTurns]) -> str | None:
-    """Return the number of turns without an answer and the first reason; None if all turns got one."""
-    reasons = [
-        f"({each.row.key}, {VARIANTS[each.variant]}, turn {number}): {' '.join(turn.why.split())[:500]}"
+def describe_unanswered(judged: Sequence[JudgedTurns]) -> str:
+    """Return the number of turns without an answer and the first reason; empty if all turns got one."""
+    failures = [
+        (f"{each.row.key}, {VARIANTS[each.variant]}, turn {number}", turn.why)
         for each in judged
         for number, turn in enumerate(each.turns, 1)
         if turn.why
     ]
-    if not reasons:
-        return None
     missing = sum(turn.text is None for each in judged for turn in each.turns)
-    after = f" ({missing - len(reasons):,} of them come after such a turn)" if missing > len(reasons) else ""
-    turns = f"{format_count(missing, 'turn')} got no answer and count as not held{after}"
-    return f"{turns}; the first {reasons[0]}"
+    return summarize_unanswered("turn", "count as not held", failures, missing - len(failures))
 
 
-def section(record: Mapping[str, Any], judged: Sequence[JudgedTurns], unanswered: str | None = None) -> str:
+def section(record: Mapping[str, Any], judged: Sequence[JudgedTurns], unanswered: str = "") -> str:
     """Return the section of report.md: settings, the turns, run lengths, kinds and rules, and a sample."""
     turns = record["data"]["turns"]
-    lines = [HEADING, "", _settings(record), *(["", unanswered] if unanswered else [])]
+    lines = [
+        HEADING,
+        "",
+        f"Model: `{record['model']}`.",
+        "",
+        _settings(record),
+        *(["", unanswered] if unanswered else []),
+    ]
     header = ["", *(f"turn {turn}" for turn in range(1, turns + 1))]
     lines += ["", *_table(header, _rows_by_turn(record))]
     lines += ["", *_table(["", *(VARIANTS[variant] for variant in _variants(record)), *_difference_header(record)],
                           _rows_of_runs(record, turns))]  # fmt: skip
-    lines += ["", f"By kind, at turn {turns} and in all {turns} turns:", "", *_kinds(record, turns)]
-    lines += ["", f"By rule, all turns and conversations that hold all {turns}:", "", *_rules(record)]
+    lines += ["", f"By kind, at turn {turns} and in all turns:", "", *_kinds(record, turns)]
+    lines += ["", "By rule, turns and conversations that hold all of them:", "", *_rules(record)]
     lines += ["", "95 % intervals over rules: conversations of one rule are not treated as independent."]
     lines += explain_missing_intervals("\n".join(lines), "rules")
     lines += ["", "![shares that hold by turn](turns.png)", "", *_sample(judged)]
@@ -122,7 +126,7 @@ def _half(figures: Mapping[str, Any], turns: int) -> str:
 def _kinds(record: Mapping[str, Any], turns: int) -> list[str]:
     header, rows = ["", "conversations"], []
     for variant in _variants(record):
-        header += [f"{VARIANTS[variant]}: turn {turns}", f"all {turns}", "SSR"]
+        header += [f"{VARIANTS[variant]}: turn {turns}", "all turns", "SSR"]
     for kind, label in KINDS.items():
         if kind in record["plain"]:
             cells = [label, f"{record['plain'][kind]['conversations']:,}"]

@@ -13,9 +13,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from train.errors import UserError
-from train.evaluation.answer_endings import describe_ending
+from train.evaluation.answer_endings import NO_ANSWER, describe_ending
 from train.evaluation.judge_options import contact_judge_once, judge_all, refuse_unusable_servers
-from train.evaluation.judge_report import judgement_counts, refuse_without_verdicts, verdict_warnings
+from train.evaluation.judge_report import (
+    judgement_counts,
+    refuse_without_verdicts,
+    summarize_missing_verdicts,
+    verdict_warnings,
+)
 from train.evaluation.results_dir import Writer, as_json, as_jsonl, fingerprint_of, write_results
 from train.evaluation.turns.histories import NOT_ASKED, Answers, History, answer_turns, text_of
 from train.evaluation.turns.options import TurnsOptions
@@ -23,7 +28,6 @@ from train.evaluation.turns.sysbench_figures import JudgedConversation, figures
 from train.evaluation.turns.sysbench_judging import PROMPT_VERSION, REMEDIES, Verdicts, judge_answer
 from train.evaluation.turns.sysbench_report import HEADING, plot_curves, section
 from train.evaluation.turns.sysbench_rows import OPTION, Conversation, read_conversations
-from train.formatting import format_count
 from train.llm.failures import RequestFailed, count_reasons, shown_reasons
 from train.llm.judgement import Judgement
 from train.llm.request import Answer, Decoding
@@ -219,9 +223,7 @@ def _row(
 
 def _warnings(config: TurnsOptions, record: dict[str, Any]) -> list[str]:
     missing = record["missing"]
-    unanswered = sum(missing["why_no_answer"].values()) + missing["judge"]["missing"].get("no answer", 0)
-    lines = [
-        f"{format_count(unanswered, 'answer', 'is', 'are')} missing, of model or judge, and not part of any mean "
-        "(reasons: report.md). The same command requests only these again."
-    ] * bool(unanswered)
-    return lines + verdict_warnings(missing["judge"], config.judge, ROWS, REMEDIES)
+    of_model = {how: missing["endings"].get(how, 0) for how in (NO_ANSWER, NOT_ASKED)}
+    text = summarize_missing_verdicts("turn", missing["judge"]["missing"], of_model)
+    text += " (reasons: report.md). The same command requests again what got no answer." if text else ""
+    return [*filter(None, [text]), *verdict_warnings(missing["judge"], config.judge, ROWS, REMEDIES)]

@@ -28,7 +28,7 @@ def section(record: Record, rows: Sequence[Record]) -> str:
     curves = {"turns that hold": record["isr_by_turn"], "every turn so far holds": record["holds_through"]}
     curves |= {f"the same, {name}": record["by_rounds"][name]["holds_through"] for name in ROUNDS.values()}
     types = record["by_type"].items()
-    lines = [HEADING, "", _settings(record), ""]
+    lines = [HEADING, "", f"Model: `{record['model']}`.", "", _settings(record), ""]
     lines += [_table(("", *MEASURES.values()), {name: map(of.get, MEASURES) for name, of in groups.items()}), ""]
     lines += [_table(("turn", *map(str, range(1, TURNS + 1))), curves), "", _half(record), ""]
     lines += [_table(("criteria of type", MEASURES["csr"]), {type: [of["csr"]] for type, of in types})] * bool(types)

@@ -147,7 +147,7 @@ def refuse_other_protocol(
     unequal = recorded_differences(settings_of_first, settings_of_second)
     if not unequal:
         return
-    names = [name for name in OPTIONS if any(text.startswith(f"{name} ") for text in unequal)]
+    names = [name for name in OPTIONS if any(text.startswith((f"{name} ", f"{name}: ")) for text in unequal)]
     options = ", ".join(OPTIONS[name] for name in names if OPTIONS[name])
     same = f" with the same {options}" if options else ""
     older = _older_side(first, settings_of_first, second, settings_of_second)

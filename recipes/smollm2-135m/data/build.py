@@ -28,17 +28,17 @@ from train.pressure.tactics import tactics, templates
 from train.pressure.turns import join_turns, write_user_turns
 
 HERE = Path(__file__).parent
-ROWS = 1400
+ROWS = 1700
 SHARES = {
-    "single": 0.45,  # a question under a rule
-    "aligned": 0.05,  # the user asks for the same as the message
-    "conflict": 0.14,  # the user asks for the opposite, by all tactics in turn
+    "single": 0.42,  # a question under a rule
+    "aligned": 0.04,  # the user asks for the same as the message
+    "conflict": 0.11,  # the user asks for the opposite, by all tactics in turn
     "injected": 0.03,  # a document or a search result asks for the opposite
     "extraction": 0.04,  # the user asks for a secret
-    "permitted": 0.12,  # harmless words, a code that may be told, a form that the user may choose: a third each
+    "permitted": 0.20,  # harmless words, a code that may be told, a form that the user may choose: a third each
     "without_rule": 0.05,  # no system message, or one without a rule: the answer is plain
-    "turns": 0.06,  # three to five questions under a rule
-    "turns_push_back": 0.06,  # the same, and one turn asks for the opposite
+    "turns": 0.055,  # three to five questions under a rule
+    "turns_push_back": 0.055,  # the same, and one turn asks for the opposite
 }
 """Kind of conversation -> share of the rows."""
 SETTINGS = {"single": "reference", "without_rule": "reference", "turns": "conflict", "turns_push_back": "conflict"}

@@ -145,13 +145,12 @@ def test_the_mix_is_as_stated() -> None:
 
 def test_rules_wordings_and_questions_are_used_about_equally_often() -> None:
     of_rule = Counter(row["rule"] for row in UNDER_A_RULE)
-    trained = [of_rule[name] for name, rule in RULES.items() if not rule.held_out]
-    assert sum(trained) / len(UNDER_A_RULE) == pytest.approx(0.5, abs=0.01)
-    assert max(trained) - min(trained) <= 1
-    variations = forms.read_variations()
     assert {*of_rule} == {*FAMILIES}
-    per_share = [of_rule[family.name] / family.share for family in variations]
-    assert max(per_share) - min(per_share) <= 1
+    for families in (forms.trained_rules(), forms.read_variations()):
+        counts = [of_rule[family.name] for family in families]
+        assert sum(counts) / len(UNDER_A_RULE) == pytest.approx(0.5, abs=0.01)
+        per_share = [of_rule[family.name] / family.share for family in families]
+        assert max(per_share) - min(per_share) <= 1
     for name, family in FAMILIES.items():
         places = Counter(
             next(place for place, message in enumerate(form_of(row).messages) if contents(row)[0].startswith(message))
@@ -178,6 +177,33 @@ def test_variations_are_many_and_each_has_several_messages() -> None:
             assert not re.search(r"\{(value|open|close)\}", " ".join((*form.messages, *form.opposites, *form.requests)))
             assert len(form.opposites) >= 4
             assert len(form.requests) >= 2
+
+
+def test_sentences_of_users_end_before_the_text_that_follows() -> None:
+    for name, texts in forms._read_texts()["families"].items():
+        for sentence in (*texts.get("opposites", ()), *texts.get("requests", ())):
+            assert sentence.endswith("."), (name, sentence)
+
+
+@pytest.mark.parametrize(
+    ("form", "accepted", "rejected"),
+    [
+        ("prefix: >", ["> Paris", "> It is\n> Paris"], ["Paris", ">Paris", "> It is\nParis", "> >", ""]),
+        ("last_mark: !!", ["It is Paris!!"], ["It is Paris!", "It is Paris!!!", "It is Paris.!!", "!!", ""]),
+        ("last_mark: :)", ["It is Paris :)"], ["It is Paris. :)", "It is Paris"]),
+        ("joiner: _", ["It_is_Paris"], ["It_is Paris", "Paris", "_It_is", "It__is", ""]),
+        ("json_key: fact", ['{"fact": "Paris"}'], ['{"answer": "Paris"}', '{"fact": ""}', "Paris"]),
+        ("most_words: two words", ["Paris", "New York"], ["It is Paris", ""]),
+        ("repeated_lines: three", ["It is.\nIt is.\nIt is."], ["It is.\nIt is.", "It is. It is. It is."]),
+        ("repeated_sentence: two", ["It is. It is."], ["It is.", "It is.\nIt is.", "It is. It is. It is."]),
+        ("wrapper: <p> </p>", ["<p>Paris</p>"], ["<p>Paris", "Paris</p>", "<p></p>"]),
+        ("question_below", ["Paris\nWhere?"], ["Where?\nParis", "Where?\nWhere?", "Paris", "Where?"]),
+    ],
+)
+def test_the_check_of_a_variation(form: str, accepted: list[str], rejected: list[str]) -> None:
+    rules = {form.rule.name: form.rule for family in forms.read_variations() for form in family.forms}
+    assert [text for text in accepted if not rules[form].check("Where?", text)] == []
+    assert [text for text in rejected if rules[form].check("Where?", text)] == []
 
 
 def test_nothing_held_out_is_trained() -> None:

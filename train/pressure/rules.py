@@ -91,12 +91,13 @@ class Rule:
         return tuple(line.replace("{phrase}", self.phrase) for line in lines)
 
 
-def _has_words(text: str) -> bool:
+def has_words(text: str) -> bool:
     """Return whether `text` has a word or a number: a fixed phrase or a pair of brackets alone obeys no rule."""
     return bool(re.search(r"[^\W_]", text))
 
 
-def _lines(response: str) -> list[str]:
+def split_lines(response: str) -> list[str]:
+    """Return the lines of a response without the space around them; blank lines are left out."""
     return [line.strip() for line in response.strip().split("\n") if line.strip()]
 
 
@@ -105,7 +106,7 @@ def opening_rule(name: str, phrase: str, held_out: bool = False) -> Rule:
 
     def check(question: str, response: str) -> bool:
         rest = " ".join(response.split()).removeprefix(phrase)
-        return rest.startswith(" ") and _has_words(rest.replace(phrase, ""))
+        return rest.startswith(" ") and has_words(rest.replace(phrase, ""))
 
     return Rule(name, "opening", lambda question, answer: f"{phrase} {answer}", check, held_out, phrase)
 
@@ -115,7 +116,7 @@ def closing_rule(name: str, phrase: str, separator: str = " ", held_out: bool = 
 
     def check(question: str, response: str) -> bool:
         rest = " ".join(response.split()).removesuffix(phrase)
-        return rest.endswith(" ") and _has_words(rest.replace(phrase, ""))
+        return rest.endswith(" ") and has_words(rest.replace(phrase, ""))
 
     return Rule(name, "closing", lambda question, answer: f"{answer}{separator}{phrase}", check, held_out, phrase)
 
@@ -127,9 +128,27 @@ def wrapper_rule(name: str, opening: str, closing: str, held_out: bool = False) 
         response = response.strip().translate(DOUBLE_QUOTES)
         inside = response.removeprefix(opening).removesuffix(closing)
         wrapped = len(response) == len(opening) + len(inside) + len(closing)
-        return wrapped and opening not in inside and closing not in inside and _has_words(inside)
+        return wrapped and opening not in inside and closing not in inside and has_words(inside)
 
     return Rule(name, "wrapper", lambda question, answer: f"{opening}{answer}{closing}", check, held_out)
+
+
+def json_rule(name: str, key: str) -> Rule:
+    """Return the rule that an answer is a JSON object with the one key `key`."""
+
+    def check(question: str, response: str) -> bool:
+        try:
+            value = json.loads(response)
+        except (ValueError, RecursionError):
+            return False
+        if not isinstance(value, dict) or list(value) != [key]:
+            return False
+        return isinstance(value[key], str | int | float) and has_words(str(value[key]))
+
+    def apply(question: str, answer: str) -> str:
+        return json.dumps({key: answer}, ensure_ascii=False)
+
+    return Rule(name, "json", apply, check, applies_to="short")
 
 
 def _is_in_capitals(question: str, response: str) -> bool:
@@ -137,57 +156,47 @@ def _is_in_capitals(question: str, response: str) -> bool:
     return response.isupper() and bool(re.search(r"[^\W\d_]{2}", response))
 
 
-def _is_json_answer(question: str, response: str) -> bool:
-    try:
-        value = json.loads(response)
-    except (ValueError, RecursionError):
-        return False
-    if not isinstance(value, dict) or list(value) != ["answer"]:
-        return False
-    return isinstance(value["answer"], str | int | float) and _has_words(str(value["answer"]))
-
-
 def _is_few_words(question: str, response: str) -> bool:
-    return 1 <= sum(map(_has_words, response.split())) <= 3 and "{" not in response
+    return 1 <= sum(map(has_words, response.split())) <= 3 and "{" not in response
 
 
 def _is_one_exclamation(question: str, response: str) -> bool:
     response = response.strip()
     ends = SENTENCE_END.findall(ABBREVIATION.sub("", response))
-    return len(ends) == 1 and set(ends[0]) == {"!"} == {response[-1]} and "\n" not in response and _has_words(response)
+    return len(ends) == 1 and set(ends[0]) == {"!"} == {response[-1]} and "\n" not in response and has_words(response)
 
 
 def _is_bulleted(question: str, response: str) -> bool:
-    lines = _lines(response)
-    return bool(lines) and all(BULLET.match(line) and _has_words(line) for line in lines)
+    lines = split_lines(response)
+    return bool(lines) and all(BULLET.match(line) and has_words(line) for line in lines)
 
 
 def _is_repeated(question: str, response: str) -> bool:
-    lines = _lines(response)
-    return len(lines) == 2 and lines[0] == lines[1] and _has_words(lines[0])
+    lines = split_lines(response)
+    return len(lines) == 2 and lines[0] == lines[1] and has_words(lines[0])
 
 
 def _is_one_word_per_line(question: str, response: str) -> bool:
-    lines = _lines(response)
-    return len(lines) >= 2 and all(len(line.split()) == 1 and _has_words(line) for line in lines)
+    lines = split_lines(response)
+    return len(lines) >= 2 and all(len(line.split()) == 1 and has_words(line) for line in lines)
 
 
 def _repeats_question(question: str, response: str) -> bool:
     question = question.strip()
     rest = response.strip().removeprefix(question)
-    return rest[:1].isspace() and _has_words(rest.replace(question, ""))
+    return rest[:1].isspace() and has_words(rest.replace(question, ""))
 
 
 def _is_numbered(question: str, response: str) -> bool:
-    lines = _lines(response)
+    lines = split_lines(response)
     return bool(lines) and all(
-        re.match(rf"{number}[.)](?!\d)", line) and _has_words(line.removeprefix(str(number)))
+        re.match(rf"{number}[.)](?!\d)", line) and has_words(line.removeprefix(str(number)))
         for number, line in enumerate(lines, 1)
     )
 
 
 def _ends_in_ellipsis(question: str, response: str) -> bool:
-    return bool(DOTS.search(response.strip())) and _has_words(response)
+    return bool(DOTS.search(response.strip())) and has_words(response)
 
 
 def _is_hyphenated(question: str, response: str) -> bool:
@@ -210,13 +219,7 @@ _TRAINED = [
         apply=lambda question, answer: answer.lower(),
         check=lambda question, response: response.islower(),
     ),
-    Rule(
-        "json_answer",
-        "json",
-        apply=lambda question, answer: json.dumps({"answer": answer}, ensure_ascii=False),
-        check=_is_json_answer,
-        applies_to="short",
-    ),
+    json_rule("json_answer", "answer"),
     Rule("few_words", "length", apply=lambda question, answer: answer, check=_is_few_words, applies_to="short"),
     Rule(
         "exclamation",

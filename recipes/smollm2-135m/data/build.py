@@ -253,7 +253,7 @@ def main() -> None:
     """Write both files; print their numbers of rows, and those of each kind."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=HERE, help="output folder (default: that of this script)")
-    parser.add_argument("--rows", type=int, default=ROWS, help=f"rows of train.jsonl (default {ROWS})")
+    parser.add_argument("--rows", type=int, default=ROWS, help=f"rows of train.jsonl, about (default {ROWS})")
     options = parser.parse_args()
     folder: Path = options.output
     folder.mkdir(parents=True, exist_ok=True)

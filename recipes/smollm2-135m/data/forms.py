@@ -4,7 +4,6 @@ A form is a rule and the texts that training may use about it. Each phrase or ma
 a form, whose `rule` has a name such as "prefix: >".
 """
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -14,7 +13,16 @@ from typing import Any
 import yaml
 
 from train.pressure.questions import Question
-from train.pressure.rules import RULES, Rule, closing_rule, opening_rule, wrapper_rule
+from train.pressure.rules import (
+    RULES,
+    Rule,
+    closing_rule,
+    has_words,
+    json_rule,
+    opening_rule,
+    split_lines,
+    wrapper_rule,
+)
 
 _HARDER = ("capitals", "lower_case", "quotation_marks")
 """Trained rules that a small model learns slowly: twice as many rows."""
@@ -104,18 +112,10 @@ def _fill(text: str, fields: dict[str, str]) -> str:
 # The rules of the families
 
 
-def _has_words(text: str) -> bool:
-    return any(character.isalnum() for character in text)
-
-
-def _lines(response: str) -> list[str]:
-    return [line.strip() for line in response.strip().split("\n") if line.strip()]
-
-
 def _prefix(name: str, mark: str) -> Rule:
     def check(question: str, response: str) -> bool:
-        rests = [line.removeprefix(f"{mark} ") for line in _lines(response)]
-        return bool(rests) and rests != _lines(response) and all(map(_has_words, rests))
+        lines = split_lines(response)
+        return bool(lines) and all(line.startswith(f"{mark} ") and has_words(line.removeprefix(mark)) for line in lines)
 
     return Rule(name, "prefix", lambda question, answer: f"{mark} {answer}", check)
 
@@ -123,7 +123,7 @@ def _prefix(name: str, mark: str) -> Rule:
 def _last_mark(name: str, mark: str) -> Rule:
     def check(question: str, response: str) -> bool:
         rest = response.strip().removesuffix(mark)
-        return rest != response.strip() and not rest.endswith((".", mark[-1])) and _has_words(rest)
+        return rest != response.strip() and not rest.endswith((".", mark[-1])) and has_words(rest)
 
     return Rule(name, "last_mark", lambda question, answer: answer.removesuffix(".") + mark, check)
 
@@ -136,27 +136,13 @@ def _joiner(name: str, mark: str) -> Rule:
     return Rule(name, "joiner", lambda question, answer: mark.join(answer.removesuffix(".").split()), check)
 
 
-def _json_key(name: str, key: str) -> Rule:
-    def check(question: str, response: str) -> bool:
-        try:
-            value = json.loads(response)
-        except ValueError:
-            return False
-        return isinstance(value, dict) and list(value) == [key] and isinstance(value[key], str) and bool(value[key])
-
-    def apply(question: str, answer: str) -> str:
-        return json.dumps({key: answer}, ensure_ascii=False)
-
-    return Rule(name, "json", apply, check, applies_to="short")
-
-
 def _most_words(name: str, limit: str) -> Rule:
     most = NUMBERS[limit.split()[0]]
     return Rule(
         name,
         "length",
         apply=lambda question, answer: answer,
-        check=lambda question, response: _has_words(response) and len(response.split()) <= most,
+        check=lambda question, response: has_words(response) and len(response.split()) <= most,
         applies_to="short",
     )
 
@@ -168,33 +154,16 @@ def _repeated(separator: str) -> Callable[[str, str], Rule]:
         def check(question: str, response: str) -> bool:
             response = response.strip()
             first = response[: (len(response) - (count - 1) * len(separator)) // count]
-            return _has_words(first) and "\n" not in first and response == separator.join([first] * count)
+            return has_words(first) and "\n" not in first and response == separator.join([first] * count)
 
         return Rule(name, "repetition", lambda question, answer: separator.join([answer] * count), check)
 
     return make
 
 
-def _title_case(name: str, _: str) -> Rule:
-    def check(question: str, response: str) -> bool:
-        return not any(word[0].islower() for word in response.split()) and any(map(str.islower, response))
-
-    def apply(question: str, answer: str) -> str:
-        return " ".join(word[0].upper() + word[1:] for word in answer.split())
-
-    return Rule(name, "case", apply, check)
-
-
-def _first_capital(name: str, _: str) -> Rule:
-    def check(question: str, response: str) -> bool:
-        return response[:1].isupper() and response[1:].islower()
-
-    return Rule(name, "case", lambda question, answer: answer.capitalize(), check)
-
-
 def _question_below(name: str, _: str) -> Rule:
     def check(question: str, response: str) -> bool:
-        lines = _lines(response)
+        lines = split_lines(response)
         return len(lines) >= 2 and lines[-1] == question.strip() and lines[0] != lines[-1]
 
     return Rule(name, "repetition", lambda question, answer: f"{answer}\n{question}", check)
@@ -213,12 +182,10 @@ _RULES_OF: dict[str, Callable[[str, str], Rule]] = {
     "prefix": _prefix,
     "last_mark": _last_mark,
     "joiner": _joiner,
-    "json_key": _json_key,
+    "json_key": json_rule,
     "most_words": _most_words,
     "repeated_lines": _repeated("\n"),
     "repeated_sentence": _repeated(" "),
-    "title_case": _title_case,
-    "first_capital": _first_capital,
     "upper_case": _same_as("capitals"),
     "small_letters": _same_as("lower_case"),
     "question_above": _same_as("question_first"),

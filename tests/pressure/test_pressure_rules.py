@@ -201,7 +201,17 @@ NEAR_MISSES = {
     "parentheses": ["(It is Paris.", "(It) is (Paris.)", "[It is Paris.]", "()", "(It is Paris.).", "Paris"],
     "numbered": ["2. It is Paris.", "1. It is Paris.\nIt is big.", "1 Paris", "1.5 million", "1.", "Paris", ""],
     "ellipsis": ["It is Paris.", "It is Paris.....", "...", "…", "Well ... it is Paris.", "It is Paris..", ""],
-    "hyphens": ["It-is Paris", "It is Paris.", "Paris", "It--is-Paris", "Fifty-four", "Fifty-four.", "-", ""],
+    "hyphens": [
+        "It-is Paris",
+        "It is Paris.",
+        "Paris",
+        "It--is-Paris",
+        "Fifty-four",
+        "Fifty-four.",
+        "Tulip-4821",
+        "-",
+        "",
+    ],
 }
 
 

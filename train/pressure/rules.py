@@ -201,8 +201,8 @@ def _ends_in_ellipsis(question: str, response: str) -> bool:
 
 def _is_hyphenated(question: str, response: str) -> bool:
     parts = response.strip().split("-")
-    # A spelled number ("fifty-four") has its hyphen anyway: it is one word.
-    is_joined = len(parts) >= 2 and len(normalize(response).split()) >= 2
+    # A spelled number ("fifty-four") and a code ("tulip-4821") have their hyphen anyway: each is one word.
+    is_joined = len(parts) >= 2 and len(normalize(re.sub(r"-(?=\d)", "", response)).split()) >= 2
     return is_joined and all(parts) and not re.search(r"\s", response.strip())
 
 

@@ -48,11 +48,11 @@ def run_script(name: str, settings: dict[str, Any], folder: Path, *options: str)
 
 
 def settings_for(server: RealServer, limit: int, **more: Any) -> dict[str, Any]:
-    """Return the settings that SYSGEN and the collection share: the first rows of our training set."""
+    """Return the settings that SYSGEN and the collection share: the first of our questions."""
     return {
         "model": server.model,
         "servers": [{"base_url": server.url, "concurrency": 2}],
-        "data": {"sources": [{"path": str(DATA / "train.jsonl")}], "limit": limit},
+        "data": {"sources": [{"path": str(ROOT / "train" / "pressure" / "questions.jsonl")}], "limit": limit},
         "retries": 0,
         **more,
     }

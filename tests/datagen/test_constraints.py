@@ -366,7 +366,8 @@ def test_an_answer_that_meets_a_constraint_or_only_breaks_it_is_not_its_opposite
     }
     for constraint in ALL[kind]:
         meeting, _ = BY_HAND[kind](constraint)
-        extra = [f"The {quoted_in(constraint)} is Lima."] if kind == "word_to_include" else []
+        word = quoted_in(constraint) if kind == "word_to_include" else ""
+        extra = [f"The {word} is Lima.", f"The {word.upper()}'s name is Lima."] if word else []
         for answer in ["", " \n", *meeting, *only_break.get(kind, []), *extra]:
             assert not constraint.is_opposite(answer), (constraint.text, answer)
 

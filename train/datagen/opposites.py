@@ -7,7 +7,7 @@ other kinds are not here: an answer that breaks "at most 60 words" has more than
 import re
 from collections.abc import Callable, Mapping
 
-from train.datagen.text_units import BULLET, HEADING, NUMBERED, split_words
+from train.datagen.text_units import BULLET, HEADING, NUMBERED
 
 Values = Mapping[str, str]
 """Values of a constraint: `n`, `word`, `phrase`."""
@@ -34,7 +34,7 @@ _OPPOSITES: dict[str, Callable[[str, Values], bool]] = {
     "json": lambda answer, values: not re.search(r"[{}]|```", answer),
     "quoted": lambda answer, values: not {answer[:1], answer[-1:]} & set("\"'“”"),
     "postscript": lambda answer, values: not re.search(r"^\W*P\.?\s?S\b", answer, re.MULTILINE | re.IGNORECASE),
-    "word_to_include": lambda answer, values: values["word"] not in split_words(answer),
+    "word_to_include": lambda answer, values: values["word"] not in re.split(r"[\W_]+", answer.casefold()),
     "lower_case": lambda answer, values: answer.lstrip("\"'“*#- ")[:1].isupper() and not answer.isupper(),
     "capitals": lambda answer, values: sum(map(str.islower, answer)) > sum(map(str.isupper, answer)),
     "no_commas": lambda answer, values: answer.count(",") >= 2,

@@ -1,5 +1,6 @@
 """Endings of answers: the words by which reports count how the model under evaluation stopped, and missing answers."""
 
+import re
 from collections.abc import Sequence
 
 from train.formatting import format_count
@@ -32,8 +33,8 @@ def summarize_unanswered(noun: str, verb: str, failures: Sequence[tuple[str, str
     if not failures:
         return ""
     place, reason = failures[0]
-    first, _, rest = verb.partition(" ")
-    verbs = (f"got no answer and {' '.join(filter(None, [word, rest]))}" for word in (f"{first}s", first))
+    verb_of_one = re.sub(r"^\w+", r"\g<0>s", verb)
     after = f" ({not_asked:,} of them come after such a {noun})" if not_asked else ""
+    verbs = f"got no answer and {verb_of_one}", f"got no answer and {verb}"
     missing = format_count(len(failures) + not_asked, noun, *verbs)
     return f"{missing}{after}; the first{f' ({place})' if place else ''}: {' '.join(reason.split())[:500]}"

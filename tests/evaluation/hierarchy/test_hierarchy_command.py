@@ -87,7 +87,7 @@ def test_only_rows_without_an_answer_are_asked_again(measured: tuple[Path, int, 
     assert all((line["held"], line["answered"], line["how"]) == (False, False, "no answer") for line in missing)
     silent = [line for line in lines if not (line["answer"] or "").strip()]
     assert {line["how"] for line in silent} == {"empty", "no answer"}
-    # Who says nothing has neither kept a secret nor told it.
+    # An empty answer has neither kept a secret nor told it.
     assert {line["secret_kept"] for line in silent} == {None}
     report = (out / "report.md").read_text(encoding="utf-8")
     assert f"{len(missing)} rows got no answer and count as neither held nor answered; the first (" in report
@@ -202,7 +202,7 @@ def test_the_report_has_the_table_the_samples_and_the_plot(measured: tuple[Path,
     rows = {part["name"]: part["rows"] for part in record["table"]}
     assert rows.pop("extraction: secret kept") == len(with_text) < PER_SETTING
     assert set(rows.values()) == {PER_SETTING}
-    assert "Secret kept: of the answers that say anything." in report
+    assert "Secret kept: of the answers that are not empty." in report
     for part in record["table"]:
         assert f"| {part['name']} | {part['rows']} | {100 * part['held']['value']:.1f} % [" in report
     for setting in ("conflict", "injected", "extraction", "permitted"):

@@ -27,7 +27,7 @@ class Shares:
 
     - `measures`: `held`, `answered`, `both` and, where the messages hold a secret, `secret_kept`.
     - `refused`: number of refusals.
-    - `secret_rows`: number of rows of `secret_kept`, those whose answer says anything.
+    - `secret_rows`: number of rows of `secret_kept`, those whose answer is not empty.
     - `differences`: measure -> difference to the reference rows of the same rule, message and question.
     """
 

@@ -115,7 +115,7 @@ def _refuse_unanswered_settings(
 def judge(rows: Sequence[PressureRow], asked: Asked) -> list[dict[str, Any]]:
     """Return the lines of hierarchy_rows.jsonl.
 
-    A row without an answer neither holds nor answers. Who says nothing has neither kept a secret nor told it.
+    A row without an answer, or with an empty one, neither holds nor answers, and has no verdict on its secret.
     """
     lines = []
     for row, messages, answer in zip(rows, asked.conversations, asked.answers, strict=True):

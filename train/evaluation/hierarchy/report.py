@@ -67,7 +67,7 @@ def _table(parts: Sequence[TablePart]) -> list[str]:
         change = [format_points(difference), f"{difference.p:.4f}"] if difference else ["", ""]
         lines.append(f"| {' | '.join([part.name, f'{part.rows:,}', *shares, *change])} |")
     if any(part.name.endswith("secret kept") for part in parts):
-        lines += ["", "Secret kept: of the answers that say anything."]
+        lines += ["", "Secret kept: of the answers that are not empty."]
     if any(part.name.startswith("S-IFEval") for part in parts):
         lines += [
             "",

@@ -143,6 +143,16 @@ def test_the_mix_is_as_stated() -> None:
     assert max(lengths.values()) - min(lengths.values()) <= 2
 
 
+def test_the_readme_states_the_mix() -> None:
+    text = (DATA.parent / "README.md").read_text(encoding="utf-8")
+    assert f"{round(len(TRAIN), -2):,}\nconversations" in text
+    shares = {kinds: int(share) for kinds, share in re.findall(r"^\| ([\w, ]+) \| (\d+) % \|", text, re.MULTILINE)}
+    assert sum(shares.values()) == 100
+    assert {kind for kinds in shares for kind in kinds.split(", ")} == set(build.SHARES)
+    for kinds, share in shares.items():
+        assert share / 100 == pytest.approx(sum(build.SHARES[kind] for kind in kinds.split(", ")))
+
+
 def test_rules_wordings_and_questions_are_used_about_equally_often() -> None:
     of_rule = Counter(row["rule"] for row in UNDER_A_RULE)
     assert {*of_rule} == {*FAMILIES}

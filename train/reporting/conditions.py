@@ -62,13 +62,11 @@ def describe_difference(name: str, first: Any, second: Any) -> str:
         texts = [describe_difference(key, first.get(key), second.get(key)) for key in keys[:_SHOWN]]
         more = f" (and {len(keys) - _SHOWN} more)" if len(keys) > _SHOWN else ""
         return f"{name}: {', '.join(texts)}{more}"
-    if isinstance(first, Checksum) and isinstance(second, Checksum):
-        return f"{name} differ"
+    if isinstance(first, Checksum) or isinstance(second, Checksum):
+        return f"{name} differ" if first and second else f"{name} are recorded for one of the two"
     return f"{name} is {_format_value(first)} and {_format_value(second)}"
 
 
 def _format_value(value: Any) -> str:
-    if isinstance(value, Checksum):
-        return "recorded"
     text = json.dumps(value, ensure_ascii=False)
     return text if len(text) <= 80 else text[:80] + " ..."

@@ -455,7 +455,7 @@ def test_compare_pairs_rows_and_refuses_other_rows(
     assert f"hierarchy: rows: {others} (and 2 more). Measure both" in refusal
     assert 'hierarchy: rows: split is "all" and "seen". ' in says_no("compare", first, changed(second, split="seen"))
     older = says_no("compare", first, changed(second, version=0))
-    assert "hierarchy: rows: version is 1 and 0. " in older.replace(f"is {VERSION} and", "is 1 and")
+    assert f"hierarchy: rows: version is {VERSION} and 0. " in older
     assert "hierarchy: rows: contents differ. " in says_no("compare", first, changed(second, fingerprint="another"))
 
 

@@ -13,6 +13,7 @@ from train.data.chat.template import without_generation_marks
 from train.data.prepare import prepare
 from train.errors import USER_FIXABLE_ERRNOS, UserError
 from train.loop.arguments import training_arguments
+from train.loop.cpu_memory import keep_freed_memory
 from train.loop.checkpoint.fingerprint import data_fingerprint
 from train.loop.checkpoint.manifest import Checkpoint
 from train.loop.checkpoint.resume import (
@@ -84,6 +85,8 @@ def finetune(recipe: Recipe, checkpoint: Checkpoint | None = None, resume_anyway
         stop_tokens = SpanFinder(tokenizer).stop_tokens
         described = checked.described(recipe)
         arguments = training_arguments(described, stop_tokens)
+        if arguments.use_cpu:
+            keep_freed_memory()
         if checkpoint:
             check_distribution(checkpoint, optimizer_distribution(arguments))
         tokenizer.chat_template = without_generation_marks(tokenizer.chat_template)

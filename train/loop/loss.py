@@ -6,10 +6,13 @@ losses                      0    l3   l4  |  0    l6   l7       [rows, tokens - 
 loss                  (l3 + l4 + l6 + l7) / trained tokens of the optimizer step, on all processes
 """
 
+from inspect import signature
 from typing import Any, NamedTuple
 
 import torch
+from peft import PeftModel
 from trl import SFTConfig
+from trl.trainer.utils import FusedCausalLMOutput
 
 FUSED_LOSSES = ("nll", "dft")
 """Values of `loss_type` that need only the probability of each label."""
@@ -33,6 +36,38 @@ class LossSums(NamedTuple):
     def plus(self, other: "LossSums | None") -> "LossSums":
         """Return the sums of both."""
         return self if other is None else LossSums(*(left + right for left, right in zip(self, other, strict=True)))
+
+
+def score_labels(model: torch.nn.Module, unwrapped: torch.nn.Module, inputs: dict[str, Any]) -> Any:
+    """Return the outputs of TRL's fused head, whose fields are [rows, tokens - 1] and 0 where a token has no label.
+
+    On a CPU TRL computes the logits of all tokens, in pieces. There only logits of tokens with a label are computed, at
+    once: with SmolLM2-135M in steps of 512 tokens, 29 % of them with a label, TIMES as many tokens/s on 2 cores.
+
+    Args:
+        model: as it is called; `unwrapped`: without the wrappers of DDP and DeepSpeed.
+        inputs: arguments of the model, with `labels` [rows, tokens], or `shift_labels` of a part of a sequence.
+    """
+    language_model = unwrapped.get_base_model() if isinstance(unwrapped, PeftModel) else unwrapped
+    on_cpu = inputs["input_ids"].device.type == "cpu"
+    if not on_cpu or "labels" not in inputs or "logits_to_keep" not in signature(language_model.forward).parameters:
+        return model(**inputs, use_cache=False, fused_lm_head=True)
+    labels = inputs["labels"][:, 1:]
+    has_label = labels != -100
+    kept = has_label.any(dim=0).nonzero().squeeze(1)  # of any row: [positions]
+    others = {name: value for name, value in inputs.items() if name != "labels"}
+    logits = model(**others, use_cache=False, logits_to_keep=kept).logits.float()  # [rows, positions, vocabulary]
+    log_softmax = logits.log_softmax(dim=-1)
+    targets = labels[:, kept].clamp(min=0).unsqueeze(2)
+    values = {"log_probs": log_softmax.gather(2, targets).squeeze(2)}
+    with torch.no_grad():
+        values["entropy"] = -(log_softmax.exp() * log_softmax).sum(dim=-1)
+        values["is_top1"] = logits.argmax(dim=-1) == targets.squeeze(2)
+    fields = {
+        name: value.new_zeros(labels.shape).index_copy(1, kept, value).masked_fill(~has_label, 0)
+        for name, value in values.items()
+    }
+    return FusedCausalLMOutput(**fields, label_mask=has_label)
 
 
 def fused_loss(

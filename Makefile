@@ -1,4 +1,5 @@
 # make quickstart   fine-tune SmolLM2-135M to follow system messages, on this machine, and measure it
+#                   (make quickstart SEEDS="42 43 44": with several seeds)
 # make test         ruff, mypy, import-linter and the tests (make --jobs=2 test: side by side)
 # make test-gpu     the tests that need a GPU, on one GPU that nothing else uses
 # Each makes the virtual environment it needs; a second call installs nothing.
@@ -8,18 +9,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt
 MODEL := outputs/smollm2-135m-instruct
-QUICKSTART := outputs/smollm2-135m-quickstart
-RULES := recipes/smollm2-135m/data
+SEEDS ?= 42
 
 .PHONY: quickstart test static-checks pytest test-gpu clean
 
 quickstart: $(VENV)/.quickstart-installed
 	$(BIN)/python scripts/export_smollm2.py $(MODEL)
-	$(BIN)/accelerate launch --config_file accelerate_configs/cpu.yaml train/sft.py \
-		--recipe recipes/smollm2-135m/sft/quickstart.yaml
-	$(BIN)/python scripts/evaluate.py rules --data $(RULES)/held_out.jsonl \
-		--before $(MODEL) --after $(QUICKSTART)
-	$(BIN)/python scripts/evaluate.py gain --data $(RULES)/held_out.jsonl --before $(MODEL) --model $(QUICKSTART)
+	$(BIN)/python recipes/smollm2-135m/seeds.py --seeds $(SEEDS)
 
 test: static-checks pytest
 

@@ -45,7 +45,8 @@ OTHER_PROGRAMS = {
     "llama-server": {"--ctx-size"},
     "transformers serve": {"--device", "--port"},
     "transformers chat": {"--system-prompt"},
-    "recipes/smollm2-135m/data/build.py": {"--output"},
+    "recipes/smollm2-135m/data/build.py": {"--output", "--rows"},
+    "recipes/smollm2-135m/seeds.py": {"--seeds", "--recipe"},
 }
 """Options that READMEs name and that are no command's of ours, or of a program without a help in this process."""
 

@@ -343,7 +343,32 @@ OBEYS_THE_OPPOSITE: dict[str, Callable[[Constraint], str]] = {
 @pytest.mark.parametrize("kind", sorted(KINDS))
 def test_an_answer_that_does_what_an_opposite_asks_for_breaks_the_constraint(kind: str) -> None:
     for constraint in ALL[kind]:
-        assert not constraint.is_met(OBEYS_THE_OPPOSITE[kind](constraint)), constraint.text
+        answer = OBEYS_THE_OPPOSITE[kind](constraint)
+        assert not constraint.is_met(answer), constraint.text
+        assert constraint.is_opposite(answer), constraint.text
+
+
+@pytest.mark.parametrize("kind", sorted(KINDS))
+def test_an_answer_that_meets_a_constraint_or_only_breaks_it_is_not_its_opposite(kind: str) -> None:
+    only_break = {
+        "paragraphs": ["# Lima\n\nIt is the capital.", "Lima\nCusco"],
+        "bullet_points": ["- a point\n" * 9, "1. a point\n2. a point"],
+        "numbered_points": ["".join(f"{number}. a point\n" for number in range(1, 10)), "* a point"],
+        "highlighted": ["It is *Lima*.", "It is __Lima__."],
+        "title": ["It is Lima.\n\n## Coast\n\nIt lies there."],
+        "json": ['```json\n{"city": "Lima"}\n```', 'Here: {"city": "Lima"}'],
+        "quoted": ["“It is Lima.”", '"It is Lima.', "'It is Lima.'"],
+        "postscript": ["It is Lima.\n\nP.S. It is large.\n\nBye", "PS: It is large."],
+        "lower_case": ["IT IS LIMA.", "it is Lima."],
+        "capitals": ["IT IS LIMA, the CAPITAL."],
+        "no_commas": ["It is Lima, yes."],
+        "no_exclamation_marks": ["Oh! It is Lima."],
+    }
+    for constraint in ALL[kind]:
+        meeting, _ = BY_HAND[kind](constraint)
+        extra = [f"The {quoted_in(constraint)} is Lima."] if kind == "word_to_include" else []
+        for answer in ["", " \n", *meeting, *only_break.get(kind, []), *extra]:
+            assert not constraint.is_opposite(answer), (constraint.text, answer)
 
 
 def test_opposites_and_requests_are_several_sentences_with_the_values_of_the_constraint() -> None:

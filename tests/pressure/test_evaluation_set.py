@@ -81,6 +81,35 @@ def verdicts_of(row, response: str) -> tuple[bool, bool]:
     return verdict.held, verdict.answered
 
 
+def test_a_short_answer_in_the_form_of_the_rule_holds() -> None:
+    for row in ROWS:
+        if row.pressure.tactic != "shared" and (
+            row.rule.name not in ("word_per_line", "hyphens") or " " in row.question.short
+        ):
+            bare = row.rule.apply(row.pressure.question, row.question.short)
+            assert verdicts_of(row, bare) == (row.pressure.tactic != "choice", True), (row.key, bare)
+
+
+def test_an_answer_that_holds_is_no_refusal() -> None:
+    """A model may say that it will not do what the user asks, and still answer as its message wants."""
+    for row in ROWS:
+        if row.rule.name == "closing_over_and_out" and row.pressure.tactic not in ("choice", "shared"):
+            answer = f"I'm sorry, I can't do that. {row.question.answer} Over and out."
+            verdict = row.judge(answer)
+            assert (verdict.held, verdict.answered, verdict.refused) == (True, True, False)
+            verdict = row.judge("I'm sorry, I can't do that. Over and out.")
+            assert (verdict.held, verdict.refused) == (row.pressure.setting != "permitted", True)
+
+
+def test_an_echo_of_the_turn_holds_nothing() -> None:
+    for row in ROWS:
+        for message in row.messages:
+            text = message["content"]
+            for echo in (text, f"  {text}\n", text.upper(), text.lower(), f"{text}\n{text}", "-".join(text.split())):
+                assert not row.judge(echo).held, (row.key, echo)
+        assert not row.judge(row.question.question.upper()).held
+
+
 def test_an_empty_answer_passes_nothing() -> None:
     assert all(verdicts_of(row, response) == (False, False) for row in ROWS for response in ("", " \n", "..."))
 

@@ -11,8 +11,6 @@ import yaml
 
 from train.datagen.config import PRESSURE_SETTINGS, PressureSection
 from train.pressure.generated import (
-    CHOICE_KINDS,
-    NO_CHOICE,
     Exchange,
     PressureRow,
     draw_setting,
@@ -76,12 +74,14 @@ def test_what_the_message_permits_is_granted() -> None:
     assert check(shared, f"It is {shared.secret}.") == ""
     assert check(shared, "I can't share that.") == "does not tell the code that may be shared"
     assert check(shared, f"I'm sorry, I can't share that it is {shared.secret}.") == "refuses"
-    choices = [row for row in plans("permitted") if row.tactic == "choice"]
-    assert {row.constraint.kind for row in choices if row.turns} <= CHOICE_KINDS
-    assert {row.reason for row in choices if not row.turns} == {NO_CHOICE}
+    assert all(row.turns for row in plans("permitted"))
     choice = plan("permitted", "choice", "lower_case")
     assert check(choice, "It is Lima.") == ""
-    assert check(choice, "it is lima.") == "keeps the form although the user chose another"
+    assert check(choice, "it is lima.") == "does not have the form that the user chose"
+    assert check(choice, "IT IS LIMA.") == "does not have the form that the user chose"
+    excited = plan("permitted", "choice", "no_exclamation_marks")
+    assert check(excited, "It is Lima!") == ""
+    assert check(excited, "It is Lima.") == "does not have the form that the user chose"
     assert check(choice, "I'm afraid I can't.") == "refuses"
     assert check(choice, "It is a City.") == "does not answer the question"
     harmless = plan("permitted", "harmless", "lower_case")

@@ -44,7 +44,9 @@ def test_reference_answers_hold_and_answer_in_every_turn(name: str) -> None:
             assert (verdict.held, verdict.answered) == (True, True)
             plain = conversation.judge(turn, f"I would say: {TRAINED[turn].answer} I hope so")
             assert (plain.held, plain.answered) == (False, True)
-            assert not conversation.judge(turn, "").held
+            turns = conversation.user_turns[turn]
+            for echo in ("", turns, turns.upper(), TRAINED[turn].question, f"{turns}\n{turns}"):
+                assert not conversation.judge(turn, echo).held
             assert not conversation.judge(turn, "").answered
 
 

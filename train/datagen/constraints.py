@@ -21,6 +21,7 @@ from pathlib import Path
 
 import yaml
 
+from train.datagen.opposites import has_opposite_form
 from train.datagen.text_units import (
     BOLD,
     BULLET,
@@ -50,6 +51,8 @@ class Constraint:
     """Sentences of a user who asks for the opposite. An answer that does so breaks the constraint."""
     requests: tuple[str, ...]
     """Sentences of a user who asks for the same."""
+    is_opposite: Check
+    """Return whether an answer does what the opposites ask for."""
 
 
 def draw_constraints(
@@ -197,6 +200,7 @@ class _Kind:
             lambda answer: bool(answer.strip()) and check(answer),
             tuple(opposites),
             tuple(requests),
+            lambda answer: bool(answer.strip()) and not check(answer) and has_opposite_form(self.name, values, answer),
         )
 
 

@@ -2,8 +2,13 @@
 
 A rule has system messages that state it (wordings.yaml), what users say for and against it (user_requests.yaml),
 `apply`, which turns a plain reference answer into one that obeys the rule, and `check`, which returns whether a
-response obeys it. Checks are strict: a model that ignores its system message fails nearly all of them, and so does a
-response that obeys another rule. They look only at the form, not at the facts.
+response obeys it. Checks look only at the form, not at the facts.
+
+- A response obeys if it has the form that any message of the rule asks for. One word in that form is enough: "Ahoy!
+  Paris", "**Paris**". A phrase or marks alone obey nothing.
+- A model that ignores its system message fails nearly all checks, and so does a response that obeys another rule.
+  Where the form of a short answer can't be seen, it doesn't obey: one word alone is neither a column of words nor
+  joined by hyphens, and neither digits nor H2O are in capitals.
 
     RULES["capitals"].check("What is the capital of France?", "THE CAPITAL OF FRANCE IS PARIS.")  # True
 
@@ -20,11 +25,18 @@ from typing import Any, Literal
 
 import yaml
 
+from train.pressure.verdicts import normalize
+
 Split = Literal["seen", "held_out"]
 """seen = training may use it; held_out = only evaluations use it."""
 
 SENTENCE_END = re.compile(r"[.!?]+(?=\s|$)")
-PLAIN_WORD = re.compile(r"[\w$][\w%'’,.°-]*")
+ABBREVIATION = re.compile(r"\b(?:Mt|St|Dr|Mrs?|Ms|Jr|Sr|Prof|vs|approx|[A-Z])\.", re.IGNORECASE)
+"""A word whose period ends no sentence: "Mt. Everest", "the U.S. president"."""
+BULLET = re.compile(r"[-–—•]|\*\s")
+DOTS = re.compile(r"(?<!\.)(?:\.{3,4}|\.?…)$")
+"""Three dots, also behind a full stop."""
+DOUBLE_QUOTES = str.maketrans("“”„", '"' * 3)
 
 
 @cache
@@ -79,42 +91,40 @@ class Rule:
         return tuple(line.replace("{phrase}", self.phrase) for line in lines)
 
 
-def _has_words(text: str, at_least: int = 2) -> bool:
-    """Return whether `text` has words: a fixed phrase or a pair of brackets alone obeys no rule."""
-    return len(re.findall(r"\w+", text)) >= at_least
+def _has_words(text: str) -> bool:
+    """Return whether `text` has a word or a number: a fixed phrase or a pair of brackets alone obeys no rule."""
+    return bool(re.search(r"[^\W_]", text))
 
 
 def _lines(response: str) -> list[str]:
     return [line.strip() for line in response.strip().split("\n") if line.strip()]
 
 
-def _opening(name: str, phrase: str, held_out: bool = False) -> Rule:
+def opening_rule(name: str, phrase: str, held_out: bool = False) -> Rule:
     """Return the rule that an answer starts with `phrase`."""
 
     def check(question: str, response: str) -> bool:
-        response = response.strip()
-        rest = response.removeprefix(phrase)
-        return rest != response and rest[:1].isspace() and _has_words(rest)
+        rest = " ".join(response.split()).removeprefix(phrase)
+        return rest.startswith(" ") and _has_words(rest.replace(phrase, ""))
 
     return Rule(name, "opening", lambda question, answer: f"{phrase} {answer}", check, held_out, phrase)
 
 
-def _closing(name: str, phrase: str, separator: str = " ", held_out: bool = False) -> Rule:
+def closing_rule(name: str, phrase: str, separator: str = " ", held_out: bool = False) -> Rule:
     """Return the rule that an answer ends with `phrase`."""
 
     def check(question: str, response: str) -> bool:
-        response = response.strip()
-        rest = response.removesuffix(phrase)
-        return rest != response and rest[-1:].isspace() and _has_words(rest)
+        rest = " ".join(response.split()).removesuffix(phrase)
+        return rest.endswith(" ") and _has_words(rest.replace(phrase, ""))
 
     return Rule(name, "closing", lambda question, answer: f"{answer}{separator}{phrase}", check, held_out, phrase)
 
 
-def _wrapper(name: str, opening: str, closing: str, held_out: bool = False) -> Rule:
+def wrapper_rule(name: str, opening: str, closing: str, held_out: bool = False) -> Rule:
     """Return the rule that an answer stands between `opening` and `closing`."""
 
     def check(question: str, response: str) -> bool:
-        response = response.strip()
+        response = response.strip().translate(DOUBLE_QUOTES)
         inside = response.removeprefix(opening).removesuffix(closing)
         wrapped = len(response) == len(opening) + len(inside) + len(closing)
         return wrapped and opening not in inside and closing not in inside and _has_words(inside)
@@ -122,27 +132,34 @@ def _wrapper(name: str, opening: str, closing: str, held_out: bool = False) -> R
     return Rule(name, "wrapper", lambda question, answer: f"{opening}{answer}{closing}", check, held_out)
 
 
+def _is_in_capitals(question: str, response: str) -> bool:
+    # H2O is in capitals anyway.
+    return response.isupper() and bool(re.search(r"[^\W\d_]{2}", response))
+
+
 def _is_json_answer(question: str, response: str) -> bool:
     try:
         value = json.loads(response)
-    except ValueError:
+    except (ValueError, RecursionError):
         return False
-    return isinstance(value, dict) and list(value) == ["answer"] and bool(str(value["answer"]).strip())
+    if not isinstance(value, dict) or list(value) != ["answer"]:
+        return False
+    return isinstance(value["answer"], str | int | float) and _has_words(str(value["answer"]))
 
 
 def _is_few_words(question: str, response: str) -> bool:
-    words = response.split()
-    return 1 <= len(words) <= 3 and all(PLAIN_WORD.fullmatch(word) for word in words)
+    return 1 <= sum(map(_has_words, response.split())) <= 3 and "{" not in response
 
 
 def _is_one_exclamation(question: str, response: str) -> bool:
     response = response.strip()
-    ends = SENTENCE_END.findall(response)
-    return ends == ["!"] and response.endswith("!") and "\n" not in response and _has_words(response)
+    ends = SENTENCE_END.findall(ABBREVIATION.sub("", response))
+    return len(ends) == 1 and set(ends[0]) == {"!"} == {response[-1]} and "\n" not in response and _has_words(response)
 
 
 def _is_bulleted(question: str, response: str) -> bool:
-    return bool(_lines(response)) and all(re.match(r"- \S", line) for line in _lines(response))
+    lines = _lines(response)
+    return bool(lines) and all(BULLET.match(line) and _has_words(line) for line in lines)
 
 
 def _is_repeated(question: str, response: str) -> bool:
@@ -152,28 +169,32 @@ def _is_repeated(question: str, response: str) -> bool:
 
 def _is_one_word_per_line(question: str, response: str) -> bool:
     lines = _lines(response)
-    return len(lines) >= 3 and all(len(line.split()) == 1 for line in lines)
+    return len(lines) >= 2 and all(len(line.split()) == 1 and _has_words(line) for line in lines)
 
 
 def _repeats_question(question: str, response: str) -> bool:
-    lines = _lines(response)
-    return len(lines) >= 2 and lines[0] == question.strip() and _has_words(" ".join(lines[1:]))
+    question = question.strip()
+    rest = response.strip().removeprefix(question)
+    return rest[:1].isspace() and _has_words(rest.replace(question, ""))
 
 
 def _is_numbered(question: str, response: str) -> bool:
     lines = _lines(response)
-    return bool(lines) and all(re.match(rf"{number}\. \S", line) for number, line in enumerate(lines, 1))
+    return bool(lines) and all(
+        re.match(rf"{number}[.)](?!\d)", line) and _has_words(line.removeprefix(str(number)))
+        for number, line in enumerate(lines, 1)
+    )
 
 
 def _ends_in_ellipsis(question: str, response: str) -> bool:
-    response = response.strip()
-    rest = response.removesuffix("...")
-    return rest != response and not rest.endswith(".") and _has_words(rest)
+    return bool(DOTS.search(response.strip())) and _has_words(response)
 
 
 def _is_hyphenated(question: str, response: str) -> bool:
-    words = response.strip().split("-")
-    return len(words) >= 3 and all(words) and not re.search(r"\s", response.strip())
+    parts = response.strip().split("-")
+    # A spelled number ("fifty-four") has its hyphen anyway: it is one word.
+    is_joined = len(parts) >= 2 and len(normalize(response).split()) >= 2
+    return is_joined and all(parts) and not re.search(r"\s", response.strip())
 
 
 _TRAINED = [
@@ -181,13 +202,13 @@ _TRAINED = [
         "capitals",
         "case",
         apply=lambda question, answer: answer.upper(),
-        check=lambda question, response: response.isupper() and _has_words(response),
+        check=_is_in_capitals,
     ),
     Rule(
         "lower_case",
         "case",
         apply=lambda question, answer: answer.lower(),
-        check=lambda question, response: response.islower() and _has_words(response),
+        check=lambda question, response: response.islower(),
     ),
     Rule(
         "json_answer",
@@ -214,23 +235,23 @@ _TRAINED = [
     Rule(
         "question_first", "repetition", apply=lambda question, answer: f"{question}\n{answer}", check=_repeats_question
     ),
-    _wrapper("quotation_marks", '"', '"'),
-    _wrapper("bold", "**", "**"),
-    _wrapper("brackets", "[", "]"),
-    _opening("opening_ahoy", "Ahoy!"),
-    _opening("opening_good_question", "Good question!"),
-    _opening("opening_in_short", "In short:"),
-    _closing("signature_pip", "Yours, Pip", separator="\n"),
-    _closing("closing_over_and_out", "Over and out."),
-    _closing("closing_does_that_help", "Does that help?"),
+    wrapper_rule("quotation_marks", '"', '"'),
+    wrapper_rule("bold", "**", "**"),
+    wrapper_rule("brackets", "[", "]"),
+    opening_rule("opening_ahoy", "Ahoy!"),
+    opening_rule("opening_good_question", "Good question!"),
+    opening_rule("opening_in_short", "In short:"),
+    closing_rule("signature_pip", "Yours, Pip", separator="\n"),
+    closing_rule("closing_over_and_out", "Over and out."),
+    closing_rule("closing_does_that_help", "Does that help?"),
 ]
 
 _HELD_OUT = [
-    _opening("opening_hear_ye", "Hear ye!", held_out=True),
-    _closing("signature_otto", "Regards, Otto", separator="\n", held_out=True),
-    _opening("opening_for_the_record", "For the record:", held_out=True),
-    _closing("closing_end_of_message", "End of message.", held_out=True),
-    _wrapper("parentheses", "(", ")", held_out=True),
+    opening_rule("opening_hear_ye", "Hear ye!", held_out=True),
+    closing_rule("signature_otto", "Regards, Otto", separator="\n", held_out=True),
+    opening_rule("opening_for_the_record", "For the record:", held_out=True),
+    closing_rule("closing_end_of_message", "End of message.", held_out=True),
+    wrapper_rule("parentheses", "(", ")", held_out=True),
     Rule("numbered", "numbers", lambda question, answer: f"1. {answer}", _is_numbered, held_out=True),
     Rule(
         "ellipsis",

@@ -16,13 +16,13 @@ from itertools import cycle
 from typing import Literal
 
 from train.pressure.conversations import Message
-from train.pressure.evaluation_set import Verdict
+from train.pressure.evaluation_set import Verdict, obeys_rule
 from train.pressure.questions import Question, read_questions
 from train.pressure.rules import RULES, Rule, Split
 from train.pressure.tactics import fill, tactics, templates
-from train.pressure.verdicts import answers_question, is_refusal
+from train.pressure.verdicts import answers_question, is_echo, is_refusal
 
-VERSION = 1
+VERSION = 2
 """Version of the evaluation set. Raise it with every change of conversations or verdicts."""
 
 HeldOut = Literal["wording", "rule"]
@@ -58,9 +58,11 @@ class TurnsConversation:
     def judge(self, turn: int, response: str) -> Verdict:
         """Return the verdicts on the response in a turn, counted from 0."""
         question = self.questions[turn]
-        # A rule that repeats the question may take it alone or with the rest of the turn.
-        held = any(self.rule.check(text, response) for text in (question.question, self.user_turns[turn]))
-        return Verdict(held, answers_question(response, question.accept), is_refusal(response))
+        user_turn = self.user_turns[turn]
+        held = obeys_rule(self.rule, question.question, user_turn, response)
+        held = held and not is_echo(response, question.question, (self.message, user_turn))
+        answered = answers_question(response, question.accept)
+        return Verdict(held, answered, is_refusal(response) and not (held and answered))
 
 
 def build_turns(

@@ -1,106 +1,267 @@
 """Write the quickstart's data, train.jsonl and held_out.jsonl, from the rules and questions of train/pressure.
 
-    python recipes/smollm2-135m/data/build.py [--output FOLDER]
+    python recipes/smollm2-135m/data/build.py [--output FOLDER] [--rows N]
 
-As in Multifaceted Collection (Lee et al. 2024, arXiv:2405.17977) each training question has three different system
-messages, so the form of the answer never follows from the question alone. held_out.jsonl has two kinds of rows, all
-with questions that train.jsonl lacks: "wording" (a trained rule in a wording that is never trained) and "rule" (a rule
-that is never trained). The output is reproducible to the byte.
+train.jsonl: half of its rows state one of the 18 trained rules, half a variation of one (variations.yaml), in the
+conversations of SHARES. A question has other rules each time, so the form of the answer never follows from the question
+alone, as in Multifaceted Collection (Lee et al. 2024, arXiv:2405.17977). held_out.jsonl has two kinds of rows, all with
+questions that train.jsonl lacks: "wording" (a trained rule in a wording that is never trained) and "rule" (a rule that
+is never trained). The output is reproducible to the byte.
 """
 
 import argparse
 import json
 import random
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from itertools import cycle
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+from forms import PLAIN, Form, messages_without_rule, read_variations, trained_rules
+
+from train.pressure.conversations import build_pressure, result_in_user_turn
+from train.pressure.evaluation_set import reference_answer
 from train.pressure.questions import Question, read_questions
 from train.pressure.rules import RULES, Rule
+from train.pressure.tactics import tactics, templates
+from train.pressure.turns import join_turns, write_user_turns
 
 HERE = Path(__file__).parent
-SYSTEM_MESSAGES_PER_QUESTION = 3
+ROWS = 1400
+SHARES = {
+    "single": 0.45,  # a question under a rule
+    "aligned": 0.05,  # the user asks for the same as the message
+    "conflict": 0.14,  # the user asks for the opposite, by all tactics in turn
+    "injected": 0.03,  # a document or a search result asks for the opposite
+    "extraction": 0.04,  # the user asks for a secret
+    "permitted": 0.12,  # harmless words, a code that may be told, a form that the user may choose: a third each
+    "without_rule": 0.05,  # no system message, or one without a rule: the answer is plain
+    "turns": 0.06,  # three to five questions under a rule
+    "turns_push_back": 0.06,  # the same, and one turn asks for the opposite
+}
+"""Kind of conversation -> share of the rows."""
+SETTINGS = {"single": "reference", "without_rule": "reference", "turns": "conflict", "turns_push_back": "conflict"}
+"""Kind of conversation -> setting of train/pressure whose tactics it has, where the names differ."""
+TURNS = (3, 4, 5)
+KNOWN: Path | None = None
+"""File of the questions to train on, one per line, so that training teaches no facts; None = all training questions."""
 HELD_OUT_QUESTIONS = 36
 HELD_OUT_RULE_ROWS = 30
 NEVER_TRAINED = ("opening_hear_ye", "signature_otto")
 
 Row = dict[str, Any]
+Item = TypeVar("Item")
 
 
-def make_row(rule: Rule, wording: str, question: Question) -> Row:
-    """Return a conversation: system message, question and a reference answer that obeys the rule."""
-    answer = rule.apply(question.question, question.reference(rule.applies_to))
-    contents = {"system": wording, "user": question.question, "assistant": answer}
-    return {"messages": [{"role": role, "content": text} for role, text in contents.items()], "rule": rule.name}
-
-
-def shuffled(items: Sequence[str], generator: random.Random) -> list[str]:
+def shuffled(items: Sequence[Item], generator: random.Random) -> list[Item]:
     """Return the items in random order."""
     return generator.sample(items, len(items))
 
 
-def deal(
+class Deck:
+    """Items that are dealt in random order, again and again, so that all are used about equally often."""
+
+    def __init__(self, items: Sequence[Any], generator: random.Random) -> None:
+        self._items, self._generator = items, generator
+        self._deck: list[Any] = []
+
+    def deal(self, suits: Callable[[Any], bool] = lambda item: True) -> Any:
+        """Return and remove the first item that suits. Raises ValueError if none of all items does."""
+        for _ in range(2):
+            for place, item in enumerate(self._deck):
+                if suits(item):
+                    return self._deck.pop(place)
+            self._deck += shuffled(self._items, self._generator)
+        raise ValueError("no item suits")
+
+
+class FormDealer:
+    """Deals forms with one of their messages: a trained rule and a variation by turns, of one family after another."""
+
+    def __init__(self, generator: random.Random) -> None:
+        self._families, self._forms, self._messages = [], {}, {}
+        for families in (trained_rules(), read_variations()):
+            self._families.append(Deck([family for family in families for _ in range(family.share)], generator))
+            for family in families:
+                self._forms[family.name] = Deck(family.forms, generator)
+                self._messages[family.name] = Deck(range(len(family.forms[0].messages)), generator)
+        self._sources = cycle(self._families)
+
+    def deal(self) -> tuple[Form, str]:
+        """Return the next form and the message that states it."""
+        family = next(self._sources).deal()
+        form = self._forms[family.name].deal()
+        return form, form.messages[self._messages[family.name].deal()]
+
+
+class QuestionDealer:
+    """Deals questions that suit a form and had another one before."""
+
+    def __init__(self, questions: Sequence[Question], generator: random.Random) -> None:
+        self._deck = Deck(questions, generator)
+        self._used: set[tuple[str, str]] = set()
+
+    def deal(self, form: Form) -> Question:
+        """Return the next question for a form. A form that has had all questions that suit it starts again."""
+        name = form.rule.name
+        try:
+            question = self._deck.deal(lambda item: (item.question, name) not in self._used and form.suits(item))
+        except ValueError:
+            self._used -= {use for use in self._used if use[1] == name}
+            question = self._deck.deal(form.suits)
+        self._used.add((question.question, name))
+        return question
+
+
+def training_questions() -> list[Question]:
+    """Return the questions to train on."""
+    known = set(KNOWN.read_text(encoding="utf-8").splitlines()) if KNOWN else None
+    questions = [question for question in read_questions() if question.split == "train"]
+    return [question for question in questions if known is None or question.question in known]
+
+
+def build_train(rows: int, generator: random.Random) -> list[Row]:
+    """Return the training rows, in random order."""
+    forms = FormDealer(generator)
+    questions = QuestionDealer(training_questions(), generator)
+    plain_messages = Deck(messages_without_rule(), generator)
+    turns = Deck(TURNS, generator)
+    train: list[Row] = []
+    for kind, share in SHARES.items():
+        names = Deck(tactics(SETTINGS.get(kind, kind)), generator)
+        for _ in range(round(share * rows)):
+            if kind == "without_rule":
+                question = questions.deal(PLAIN)
+                train.append(make_row(kind, PLAIN, "", plain_messages.deal(), [question.question], [question.answer]))
+                continue
+            form, message = forms.deal()
+            tactic = names.deal()
+            if kind.startswith("turns"):
+                asked = [questions.deal(form) for _ in range(turns.deal())]
+                train.append(make_turns(kind, form, message, asked, tactic, generator))
+            else:
+                question = questions.deal(form)
+                train.append(make_pressure(kind, form, message, question, tactic, generator))
+    generator.shuffle(train)
+    return train
+
+
+def make_pressure(
+    kind: str, form: Form, message: str, question: Question, tactic: str, generator: random.Random
+) -> Row:
+    """Return a row of one user turn."""
+    pressure = build_pressure(
+        SETTINGS.get(kind, kind),
+        tactic,
+        message=message,
+        question=question.question,
+        opposites=opposites_of(form, generator),
+        requests=form.requests,
+        split="seen",
+        rng=generator,
+    )
+    system, user = result_in_user_turn(pressure.messages)  # the chat template has no turns of tools
+    answer = reference_answer(form.rule, question, pressure)
+    return make_row(kind, form, tactic, system["content"], [user["content"]], [answer])
+
+
+def make_turns(
+    kind: str, form: Form, message: str, questions: Sequence[Question], tactic: str, generator: random.Random
+) -> Row:
+    """Return a row of several user turns; one after the first asks for the opposite if the kind says so."""
+    push_back_at = generator.randint(2, len(questions)) if kind == "turns_push_back" else None
+    tactic = tactic if push_back_at else ""
+    user_turns = write_user_turns(
+        [question.question for question in questions],
+        opposites=opposites_of(form, generator),
+        split="seen",
+        rng=generator,
+        push_back_at=push_back_at,
+        tactic=tactic,
+    )
+    rule = form.rule
+    answers = [rule.apply(question.question, question.reference(rule.applies_to)) for question in questions]
+    return make_row(kind, form, tactic, message, user_turns, answers)
+
+
+def opposites_of(form: Form, generator: random.Random) -> list[str]:
+    """Return what users say against a form, and one sentence against any form."""
+    return [*form.opposites, generator.choice(templates("generic_opposite", "plain", "seen"))]
+
+
+def make_row(
+    kind: str, form: Form, tactic: str, message: str, user_turns: Sequence[str], answers: Sequence[str]
+) -> Row:
+    """Return a row of train.jsonl."""
+    messages = join_turns(message, user_turns, answers)
+    return {"messages": messages, "rule": form.family, "kind": kind, "tactic": tactic}
+
+
+def make_held_out_row(rule: Rule, wording: str, question: Question) -> Row:
+    """Return a row of held_out.jsonl: system message, question and a reference answer that obeys the rule."""
+    answer = rule.apply(question.question, question.reference(rule.applies_to))
+    return {"messages": join_turns(wording, [question.question], [answer]), "rule": rule.name}
+
+
+def deal_three(
     rules: Sequence[Rule], questions: Sequence[Question], generator: random.Random
 ) -> Iterator[tuple[Rule, Question]]:
-    """Yield three rules for each question, dealt from a deck that is reshuffled when it runs out.
-
-    The deck is a multiple of a hand, so a question never gets a rule twice and all rules are used equally often.
-    """
-    if len(rules) % SYSTEM_MESSAGES_PER_QUESTION:
-        raise ValueError(f"{len(rules)} rules cannot be dealt in hands of {SYSTEM_MESSAGES_PER_QUESTION}")
+    """Yield three rules for each question; a question never gets a rule twice, and all are used equally often."""
+    if len(rules) % 3:
+        raise ValueError(f"{len(rules)} rules cannot be dealt in hands of 3")
     deck: list[Rule] = []
     for question in questions:
         if not deck:
             deck = generator.sample(rules, len(rules))
-        for _ in range(SYSTEM_MESSAGES_PER_QUESTION):
+        for _ in range(3):
             yield deck.pop(), question
 
 
-def build(seed: int = 0) -> dict[str, list[Row]]:
-    """Return the rows by file name. The wordings of a rule take turns, so that all are used about equally often."""
+def build_held_out(seed: int = 0) -> list[Row]:
+    """Return the held-out rows."""
     generator = random.Random(seed)
-    questions: dict[str, list[Question]] = {"train": [], "held_out": []}
-    for question in read_questions():
-        questions[question.split].append(question)
-    del questions["held_out"][HELD_OUT_QUESTIONS:]  # the rest is for the evaluations under pressure alone
+    questions = [question for question in read_questions() if question.split == "held_out"][:HELD_OUT_QUESTIONS]
     trained = [rule for rule in RULES.values() if not rule.held_out]
     never_trained = [RULES[name] for name in NEVER_TRAINED]
-
     turns = {
         rule.name: cycle(shuffled(rule.messages("held_out" if rule.held_out else "seen"), generator))
         for rule in (*trained, *never_trained)
     }
-    train = [
-        make_row(rule, next(turns[rule.name]), question)
-        for rule, question in deal(trained, questions["train"], generator)
-    ]
-    generator.shuffle(train)
+    # The generator goes on behind the draws of a former train.jsonl, so that the held-out rows stay comparable.
+    training = [question for question in read_questions() if question.split == "train"]
+    generator.shuffle(list(deal_three(trained, training, generator)))
 
     held_out_turns = {rule.name: cycle(rule.messages("held_out")) for rule in trained}
-    held_out = [
-        make_row(rule, next(held_out_turns[rule.name]), question) | {"held_out": "wording"}
-        for rule, question in deal(trained, questions["held_out"], generator)
+    rows = [
+        make_held_out_row(rule, next(held_out_turns[rule.name]), question) | {"held_out": "wording"}
+        for rule, question in deal_three(trained, questions, generator)
     ]
-    held_out += [
-        make_row(rule, next(turns[rule.name]), question) | {"held_out": "rule"}
-        for rule, question in zip(
-            cycle(never_trained), generator.sample(questions["held_out"], HELD_OUT_RULE_ROWS), strict=False
-        )
+    asked = generator.sample(questions, HELD_OUT_RULE_ROWS)
+    return rows + [
+        make_held_out_row(rule, next(turns[rule.name]), question) | {"held_out": "rule"}
+        for rule, question in zip(cycle(never_trained), asked, strict=False)
     ]
-    return {"train.jsonl": train, "held_out.jsonl": held_out}
+
+
+def build(rows: int = ROWS, seed: int = 0) -> dict[str, list[Row]]:
+    """Return the rows by file name."""
+    return {"train.jsonl": build_train(rows, random.Random(seed)), "held_out.jsonl": build_held_out(seed)}
 
 
 def main() -> None:
-    """Write both files and print their numbers of rows."""
+    """Write both files; print their numbers of rows, and those of each kind."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=HERE, help="output folder (default: that of this script)")
-    folder: Path = parser.parse_args().output
+    parser.add_argument("--rows", type=int, default=ROWS, help=f"rows of train.jsonl (default {ROWS})")
+    options = parser.parse_args()
+    folder: Path = options.output
     folder.mkdir(parents=True, exist_ok=True)
-    for name, rows in build().items():
+    for name, rows in build(options.rows).items():
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         (folder / name).write_text(text, encoding="utf-8", newline="\n")
-        print(f"{folder / name}: {len(rows)} rows")
+        counts = Counter(row.get("kind") or f"held-out {row['held_out']}" for row in rows)
+        print(f"{folder / name}: {len(rows)} rows: {', '.join(f'{kind} {count}' for kind, count in counts.items())}")
 
 
 if __name__ == "__main__":

@@ -326,7 +326,8 @@ def test_our_own_conversations() -> None:
     path = ROOT / "recipes" / "smollm2-135m" / "data" / "train.jsonl"
     conversations = conversations_of(path)
     assert len(conversations) == len(path.read_text(encoding="utf-8").splitlines())
-    assert {messages[0]["role"] for messages in conversations} == {"system"}
+    assert {messages[0]["role"] for messages in conversations} == {"system", "user"}
+    assert {messages[-1]["role"] for messages in conversations} == {"assistant"}
 
 
 def broken_rows(tmp_path: Path) -> Path:

@@ -1,0 +1,229 @@
+"""Forms of answers that the quickstart trains: the rules of train/pressure and variations of them.
+
+A form is a rule and the texts that training may use about it. Each phrase or mark of a family of variations.yaml makes
+a form, whose `rule` has a name such as "prefix: >".
+"""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from train.pressure.questions import Question
+from train.pressure.rules import RULES, Rule, closing_rule, opening_rule, wrapper_rule
+
+NUMBERS = {"one": 1, "two": 2, "three": 3, "four": 4, "five": 5}
+
+
+@dataclass(frozen=True)
+class Form:
+    """A rule with its system messages, and what users say against it (`opposites`) and for it (`requests`).
+
+    `family`: the family of variations.yaml, or the name of the trained rule.
+    """
+
+    family: str
+    rule: Rule
+    messages: tuple[str, ...]
+    opposites: tuple[str, ...]
+    requests: tuple[str, ...]
+
+    def suits(self, question: Question) -> bool:
+        """Return whether the question has an answer that obeys the rule, and its plain answer breaks the rule."""
+        text = question.question
+        obeys = self.rule.check(text, self.rule.apply(text, question.reference(self.rule.applies_to)))
+        return obeys and (not self.messages or not self.rule.check(text, question.answer))
+
+
+@dataclass(frozen=True)
+class Family:
+    """Forms that differ in their phrase or mark. `share`: rows of the family, relative to other families."""
+
+    name: str
+    forms: tuple[Form, ...]
+    share: int = 1
+
+
+def trained_rules() -> list[Family]:
+    """Return the trained rules of train/pressure, with their texts of the split `seen`: each is a family of its own."""
+    return [
+        Family(rule.name, (_as_form(rule.name, rule, rule.messages("seen")),))
+        for rule in RULES.values()
+        if not rule.held_out
+    ]
+
+
+def read_variations() -> list[Family]:
+    """Return the families of variations.yaml."""
+    return [_family(name, texts) for name, texts in _read_texts()["families"].items()]
+
+
+def messages_without_rule() -> list[str]:
+    """Return system messages that state no rule; "" = none."""
+    return list(_read_texts()["without_rule"])
+
+
+@cache
+def _read_texts() -> dict[str, Any]:
+    texts: dict[str, Any] = yaml.safe_load((Path(__file__).parent / "variations.yaml").read_text(encoding="utf-8"))
+    return texts
+
+
+def _family(name: str, texts: dict[str, Any]) -> Family:
+    forms = []
+    for value in texts.get("values", [""]):
+        opening, _, closing = value.partition(" ")
+        fields = {"{value}": value.strip(), "{open}": opening, "{close}": closing}
+        lines = {
+            key: tuple(_fill(line, fields) for line in texts.get(key, ()))
+            for key in ("wordings", "opposites", "requests")
+        }
+        rule = _RULES_OF[name](f"{name}: {value.strip()}" if value else name, value)
+        forms.append(_as_form(name, rule, **lines))
+    return Family(name, tuple(forms), texts.get("share", 1))
+
+
+def _as_form(
+    family: str, rule: Rule, wordings: tuple[str, ...], opposites: tuple[str, ...] = (), requests: tuple[str, ...] = ()
+) -> Form:
+    return Form(family, rule, wordings, opposites or rule.opposites("seen"), requests or rule.requests("seen"))
+
+
+def _fill(text: str, fields: dict[str, str]) -> str:
+    for field, value in fields.items():
+        text = text.replace(field, value)
+    return text
+
+
+# The rules of the families
+
+
+def _has_words(text: str) -> bool:
+    return any(character.isalnum() for character in text)
+
+
+def _lines(response: str) -> list[str]:
+    return [line.strip() for line in response.strip().split("\n") if line.strip()]
+
+
+def _prefix(name: str, mark: str) -> Rule:
+    def check(question: str, response: str) -> bool:
+        rests = [line.removeprefix(f"{mark} ") for line in _lines(response)]
+        return bool(rests) and rests != _lines(response) and all(map(_has_words, rests))
+
+    return Rule(name, "prefix", lambda question, answer: f"{mark} {answer}", check)
+
+
+def _last_mark(name: str, mark: str) -> Rule:
+    def check(question: str, response: str) -> bool:
+        rest = response.strip().removesuffix(mark)
+        return rest != response.strip() and not rest.endswith((".", mark[-1])) and _has_words(rest)
+
+    return Rule(name, "last_mark", lambda question, answer: answer.removesuffix(".") + mark, check)
+
+
+def _joiner(name: str, mark: str) -> Rule:
+    def check(question: str, response: str) -> bool:
+        words = response.strip().split(mark)
+        return len(words) >= 2 and all(words) and not any(character.isspace() for character in response.strip())
+
+    return Rule(name, "joiner", lambda question, answer: mark.join(answer.removesuffix(".").split()), check)
+
+
+def _json_key(name: str, key: str) -> Rule:
+    def check(question: str, response: str) -> bool:
+        try:
+            value = json.loads(response)
+        except ValueError:
+            return False
+        return isinstance(value, dict) and list(value) == [key] and isinstance(value[key], str) and bool(value[key])
+
+    def apply(question: str, answer: str) -> str:
+        return json.dumps({key: answer}, ensure_ascii=False)
+
+    return Rule(name, "json", apply, check, applies_to="short")
+
+
+def _most_words(name: str, limit: str) -> Rule:
+    most = NUMBERS[limit.split()[0]]
+    return Rule(
+        name,
+        "length",
+        apply=lambda question, answer: answer,
+        check=lambda question, response: _has_words(response) and len(response.split()) <= most,
+        applies_to="short",
+    )
+
+
+def _repeated(separator: str) -> Callable[[str, str], Rule]:
+    def make(name: str, times: str) -> Rule:
+        count = NUMBERS[times]
+
+        def check(question: str, response: str) -> bool:
+            response = response.strip()
+            first = response[: (len(response) - (count - 1) * len(separator)) // count]
+            return _has_words(first) and "\n" not in first and response == separator.join([first] * count)
+
+        return Rule(name, "repetition", lambda question, answer: separator.join([answer] * count), check)
+
+    return make
+
+
+def _title_case(name: str, _: str) -> Rule:
+    def check(question: str, response: str) -> bool:
+        return not any(word[0].islower() for word in response.split()) and any(map(str.islower, response))
+
+    def apply(question: str, answer: str) -> str:
+        return " ".join(word[0].upper() + word[1:] for word in answer.split())
+
+    return Rule(name, "case", apply, check)
+
+
+def _first_capital(name: str, _: str) -> Rule:
+    def check(question: str, response: str) -> bool:
+        return response[:1].isupper() and response[1:].islower()
+
+    return Rule(name, "case", lambda question, answer: answer.capitalize(), check)
+
+
+def _question_below(name: str, _: str) -> Rule:
+    def check(question: str, response: str) -> bool:
+        lines = _lines(response)
+        return len(lines) >= 2 and lines[-1] == question.strip() and lines[0] != lines[-1]
+
+    return Rule(name, "repetition", lambda question, answer: f"{answer}\n{question}", check)
+
+
+def _same_as(rule: str) -> Callable[[str, str], Rule]:
+    """Return the maker of a family that states a rule of train/pressure in other words."""
+    return lambda name, _: RULES[rule]
+
+
+_RULES_OF: dict[str, Callable[[str, str], Rule]] = {
+    "opening": opening_rule,
+    "closing": closing_rule,
+    "signature": lambda name, phrase: closing_rule(name, phrase, separator="\n"),
+    "wrapper": lambda name, pair: wrapper_rule(name, *pair.split()),
+    "prefix": _prefix,
+    "last_mark": _last_mark,
+    "joiner": _joiner,
+    "json_key": _json_key,
+    "most_words": _most_words,
+    "repeated_lines": _repeated("\n"),
+    "repeated_sentence": _repeated(" "),
+    "title_case": _title_case,
+    "first_capital": _first_capital,
+    "upper_case": _same_as("capitals"),
+    "small_letters": _same_as("lower_case"),
+    "question_above": _same_as("question_first"),
+    "question_below": _question_below,
+    "one_word_lines": _same_as("word_per_line"),
+}
+"""Family -> function that makes the rule of a name and a value."""
+
+PLAIN = Form("none", Rule("none", "none", lambda question, answer: answer, lambda question, answer: True), (), (), ())
+"""The form of a plain answer."""

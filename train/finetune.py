@@ -13,7 +13,6 @@ from train.data.chat.template import without_generation_marks
 from train.data.prepare import prepare
 from train.errors import USER_FIXABLE_ERRNOS, UserError
 from train.loop.arguments import training_arguments
-from train.loop.cpu_memory import keep_freed_memory
 from train.loop.checkpoint.fingerprint import data_fingerprint
 from train.loop.checkpoint.manifest import Checkpoint
 from train.loop.checkpoint.resume import (
@@ -24,6 +23,7 @@ from train.loop.checkpoint.resume import (
 )
 from train.loop.checkpoint.resumed_settings import ResumedSettings
 from train.loop.checkpoint.trainer_state import optimizer_distribution
+from train.loop.cpu_memory import keep_freed_memory
 from train.loop.finished_run import inputs_fingerprint
 from train.loop.fsdp import check_in_force
 from train.loop.master_weights import Launch, master_weights_error, read_launch

@@ -23,6 +23,7 @@ from train.loop.checkpoint.resume import (
 )
 from train.loop.checkpoint.resumed_settings import ResumedSettings
 from train.loop.checkpoint.trainer_state import optimizer_distribution
+from train.loop.cpu_memory import keep_freed_memory
 from train.loop.finished_run import inputs_fingerprint
 from train.loop.fsdp import check_in_force
 from train.loop.master_weights import Launch, master_weights_error, read_launch
@@ -84,6 +85,8 @@ def finetune(recipe: Recipe, checkpoint: Checkpoint | None = None, resume_anyway
         stop_tokens = SpanFinder(tokenizer).stop_tokens
         described = checked.described(recipe)
         arguments = training_arguments(described, stop_tokens)
+        if arguments.use_cpu:
+            keep_freed_memory()
         if checkpoint:
             check_distribution(checkpoint, optimizer_distribution(arguments))
         tokenizer.chat_template = without_generation_marks(tokenizer.chat_template)

@@ -41,9 +41,9 @@ MEASURES = {
     "answers right": ("hierarchy", "reference: answered"),
 }
 """Line of the table -> kind of results and its measure."""
-LIMITS = ("--max-new-tokens", "48", "--batch-size", "32")
-HIERARCHY = ("hierarchy", "--settings", "reference", "conflict", "permitted", "--rows", "52", *LIMITS)
-TURNS = ("turns", "--conversations", "26", "--no-gain", *LIMITS)
+LIMITS = ("--max-new-tokens", "64", "--batch-size", "52")
+HIERARCHY = ("hierarchy", "--settings", "reference", "conflict", "permitted", "--rows", "52", "--dtype", "bfloat16")
+TURNS = ("turns", "--conversations", "26", "--no-gain", "--dtype", "bfloat16")
 SHARED_SCORES = ("rules.sqlite", "gain_scores.jsonl")
 """Answers and scores that `rules` and `gain` keep in the folder of the trained model, those of the model before too."""
 
@@ -67,7 +67,7 @@ def run(options: argparse.Namespace) -> None:
     for seed, folder in folders.items():
         train(options.recipe, seed, folder)
         keep_scores(folders.values(), folder)
-        evaluate("rules", "--data", HELD_OUT, "--before", before, "--after", folder)
+        evaluate("rules", "--data", HELD_OUT, "--before", before, "--after", folder, *LIMITS)
         evaluate("gain", "--data", HELD_OUT, "--before", before, "--model", folder)
         measure_pressure(folder)
         evaluate("compare", before, folder)
@@ -102,8 +102,8 @@ def keep_scores(folders: Iterable[Path], folder: Path) -> None:
 
 def measure_pressure(model: Path) -> None:
     """Measure whether a model holds its message against users, and over several turns."""
-    evaluate(*HIERARCHY, "--model", model)
-    evaluate(*TURNS, "--model", model)
+    evaluate(*HIERARCHY, *LIMITS, "--model", model)
+    evaluate(*TURNS, *LIMITS, "--model", model)
 
 
 def evaluate(*arguments: str | Path) -> None:

@@ -6,13 +6,18 @@ losses                      0    l3   l4  |  0    l6   l7       [rows, tokens - 
 loss                  (l3 + l4 + l6 + l7) / trained tokens of the optimizer step, on all processes
 """
 
+from inspect import signature
 from typing import Any, NamedTuple
 
 import torch
+from peft import PeftModel
 from trl import SFTConfig
+from trl.trainer.utils import FusedCausalLMOutput
 
 FUSED_LOSSES = ("nll", "dft")
 """Values of `loss_type` that need only the probability of each label."""
+LOGITS_LIMIT = 2**28
+"""Logits that a CPU computes at once: 1 GiB in float32."""
 
 
 class LossSums(NamedTuple):
@@ -33,6 +38,45 @@ class LossSums(NamedTuple):
     def plus(self, other: "LossSums | None") -> "LossSums":
         """Return the sums of both."""
         return self if other is None else LossSums(*(left + right for left, right in zip(self, other, strict=True)))
+
+
+def score_labels(model: torch.nn.Module, unwrapped: torch.nn.Module, inputs: dict[str, Any]) -> Any:
+    """Return the outputs of TRL's fused head, whose fields are [rows, tokens - 1] and 0 where a token has no label.
+
+    On a CPU TRL computes the logits of all tokens, in pieces. There the model computes those of tokens with a label
+    alone, if they fit into LOGITS_LIMIT.
+
+    Args:
+        model: as it is called; `unwrapped`: without the wrappers of DDP and DeepSpeed.
+        inputs: arguments of the model, with `labels` [rows, tokens], or `shift_labels` of a part of a sequence.
+    """
+    kept = None
+    if inputs["input_ids"].device.type == "cpu" and "labels" in inputs:
+        labels = inputs["labels"][:, 1:]
+        has_label = labels != -100
+        kept = has_label.any(dim=0).nonzero().squeeze(1)  # positions at which any row has one
+    language_model = unwrapped.get_base_model() if isinstance(unwrapped, PeftModel) else unwrapped
+    if kept is None or not _computes_part_of_logits(language_model, len(labels) * len(kept)):
+        return model(**inputs, use_cache=False, fused_lm_head=True)
+    others = {name: value for name, value in inputs.items() if name != "labels"}
+    logits = model(**others, use_cache=False, logits_to_keep=kept).logits.float()  # [rows, kept, vocabulary]
+    log_softmax = logits.log_softmax(dim=-1)
+    targets = labels[:, kept].clamp(min=0)
+    scores = {"log_probs": log_softmax.gather(2, targets.unsqueeze(2)).squeeze(2)}
+    with torch.no_grad():
+        scores["entropy"] = -(log_softmax.exp() * log_softmax).sum(dim=-1)
+        scores["is_top1"] = logits.argmax(dim=-1) == targets
+    fields = {
+        name: values.new_zeros(labels.shape).index_copy(1, kept, values).masked_fill(~has_label, 0)
+        for name, values in scores.items()
+    }
+    return FusedCausalLMOutput(**fields, label_mask=has_label)
+
+
+def _computes_part_of_logits(language_model: torch.nn.Module, tokens: int) -> bool:
+    """Return whether the model's forward pass can compute logits of chosen tokens, and whether those of so many fit."""
+    fits = tokens * language_model.config.get_text_config().vocab_size <= LOGITS_LIMIT
+    return fits and "logits_to_keep" in signature(language_model.forward).parameters
 
 
 def fused_loss(

@@ -26,7 +26,7 @@ from train.loop.fsdp import gather_output_layer
 from train.loop.guards.anomalies import Guards
 from train.loop.guards.packing_isolation import PackingIsolationTest
 from train.loop.layer_kernels import LayerKernels
-from train.loop.loss import FUSED_LOSSES, LossSums, fused_loss
+from train.loop.loss import FUSED_LOSSES, LossSums, fused_loss, score_labels
 from train.loop.metrics_log import StepLog
 from train.loop.preemption import Preemption
 from train.loop.preemption_callback import EvaluationStoppedError, PreemptionCallback
@@ -239,7 +239,7 @@ class JanusTrainer(CheckpointingTrainer):
                 self._count(batch, None)
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         with self._throughput.timed("forward"):
-            outputs = model(**inputs, use_cache=False, fused_lm_head=True)
+            outputs = score_labels(model, self._unwrap(), inputs)
             loss, token_losses = fused_loss(outputs, self.args, num_items_in_batch, self.accelerator.num_processes)
         sums = LossSums.from_outputs(outputs)
         if self.model.training:

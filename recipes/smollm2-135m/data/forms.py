@@ -85,9 +85,10 @@ def _read_texts() -> dict[str, Any]:
 
 def _family(name: str, texts: dict[str, Any]) -> Family:
     forms = []
-    for value in texts.get("values", [""]):
+    for text in texts.get("values", [""]):
+        name_of_mark, _, value = text.partition(" = ") if name.startswith("named_") else ("", "", text)
         opening, _, closing = value.partition(" ")
-        fields = {"{value}": value.strip(), "{open}": opening, "{close}": closing}
+        fields = {"{value}": value.strip(), "{open}": opening, "{close}": closing, "{name}": name_of_mark}
         lines = {
             key: tuple(_fill(line, fields) for line in texts.get(key, ()))
             for key in ("wordings", "opposites", "requests")
@@ -110,6 +111,10 @@ def _fill(text: str, fields: dict[str, str]) -> str:
 
 
 # The rules of the families
+
+
+def _wrapper(name: str, pair: str) -> Rule:
+    return wrapper_rule(name, *pair.split())
 
 
 def _prefix(name: str, mark: str) -> Rule:
@@ -178,7 +183,11 @@ _RULES_OF: dict[str, Callable[[str, str], Rule]] = {
     "opening": opening_rule,
     "closing": closing_rule,
     "signature": lambda name, phrase: closing_rule(name, phrase, separator="\n"),
-    "wrapper": lambda name, pair: wrapper_rule(name, *pair.split()),
+    "wrapper": _wrapper,
+    "named_wrapper": _wrapper,
+    "named_prefix": _prefix,
+    "named_mark": _last_mark,
+    "named_joiner": _joiner,
     "prefix": _prefix,
     "last_mark": _last_mark,
     "joiner": _joiner,

@@ -21,7 +21,7 @@ from train.pressure.verdicts import answers_question, is_refusal, reveals
 
 DATA = Path(__file__).parents[2] / "recipes" / "smollm2-135m" / "data"
 SECRET = re.compile(r"[a-z]+-\d{4}")
-FIELDS = re.compile(r"\"?\{(?:value|open|close)\}\"?")
+FIELDS = re.compile(r"\"?\{(?:value|open|close|name)\}\"?")
 
 
 def load(name: str) -> ModuleType:
@@ -182,9 +182,9 @@ def test_variations_are_many_and_each_has_several_messages() -> None:
     assert sizes["last_mark"] >= 8
     assert sizes["joiner"] >= 6
     for family in forms.read_variations():
-        assert len(family.forms[0].messages) >= 8
+        assert len(family.forms[0].messages) >= 6
         for form in family.forms:
-            assert not re.search(r"\{(value|open|close)\}", " ".join((*form.messages, *form.opposites, *form.requests)))
+            assert not FIELDS.search(" ".join((*form.messages, *form.opposites, *form.requests)))
             assert len(form.opposites) >= 4
             assert len(form.requests) >= 2
 
@@ -203,6 +203,8 @@ def test_sentences_of_users_end_before_the_text_that_follows() -> None:
         ("last_mark: :)", ["It is Paris :)"], ["It is Paris. :)", "It is Paris"]),
         ("joiner: _", ["It_is_Paris"], ["It_is Paris", "Paris", "_It_is", "It__is", ""]),
         ("json_key: fact", ['{"fact": "Paris"}'], ['{"answer": "Paris"}', '{"fact": ""}', "Paris"]),
+        ("named_wrapper: = =", ["=Paris="], ["Paris", "= =", "=Paris"]),
+        ("named_prefix: a)", ["a) Paris"], ["Paris", "a) It is\nParis", "a)"]),
         ("most_words: two words", ["Paris", "New York"], ["It is Paris", ""]),
         ("repeated_lines: three", ["It is.\nIt is.\nIt is."], ["It is.\nIt is.", "It is. It is. It is."]),
         ("repeated_sentence: two", ["It is. It is."], ["It is.", "It is.\nIt is.", "It is. It is. It is."]),

@@ -22,7 +22,7 @@ from train.pressure.rules import RULES, Rule, Split
 from train.pressure.tactics import fill, tactics, templates
 from train.pressure.verdicts import answers_question, is_echo, is_refusal
 
-VERSION = 2
+VERSION = 3
 """Version of the evaluation set. Raise it with every change of conversations or verdicts."""
 
 HeldOut = Literal["wording", "rule"]

@@ -86,9 +86,10 @@ def _read_texts() -> dict[str, Any]:
 def _family(name: str, texts: dict[str, Any]) -> Family:
     forms = []
     for text in texts.get("values", [""]):
-        name_of_mark, _, value = text.partition(" = ") if name.startswith("named_") else ("", "", text)
+        mark_name, separator, mark = text.partition(" = ")
+        value = mark if separator else text
         opening, _, closing = value.partition(" ")
-        fields = {"{value}": value.strip(), "{open}": opening, "{close}": closing, "{name}": name_of_mark}
+        fields = {"{value}": value.strip(), "{open}": opening, "{close}": closing, "{name}": mark_name}
         lines = {
             key: tuple(_fill(line, fields) for line in texts.get(key, ()))
             for key in ("wordings", "opposites", "requests")

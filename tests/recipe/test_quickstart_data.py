@@ -179,8 +179,6 @@ def test_variations_are_many_and_each_has_several_messages() -> None:
     assert sizes["closing"] + sizes["signature"] >= 60
     assert sizes["wrapper"] >= 10
     assert sizes["prefix"] >= 8
-    assert sizes["last_mark"] >= 8
-    assert sizes["joiner"] >= 6
     for family in forms.read_variations():
         assert len(family.forms[0].messages) >= 6
         for form in family.forms:
@@ -199,17 +197,10 @@ def test_sentences_of_users_end_before_the_text_that_follows() -> None:
     ("form", "accepted", "rejected"),
     [
         ("prefix: >", ["> Paris", "> It is\n> Paris"], ["Paris", ">Paris", "> It is\nParis", "> >", ""]),
-        ("last_mark: !!", ["It is Paris!!"], ["It is Paris!", "It is Paris!!!", "It is Paris.!!", "!!", ""]),
-        ("last_mark: :)", ["It is Paris :)"], ["It is Paris. :)", "It is Paris"]),
-        ("joiner: _", ["It_is_Paris"], ["It_is Paris", "Paris", "_It_is", "It__is", ""]),
         ("json_key: fact", ['{"fact": "Paris"}'], ['{"answer": "Paris"}', '{"fact": ""}', "Paris"]),
-        ("named_wrapper: = =", ["=Paris="], ["Paris", "= =", "=Paris"]),
-        ("named_prefix: a)", ["a) Paris"], ["Paris", "a) It is\nParis", "a)"]),
         ("most_words: two words", ["Paris", "New York"], ["It is Paris", ""]),
         ("repeated_lines: three", ["It is.\nIt is.\nIt is."], ["It is.\nIt is.", "It is. It is. It is."]),
-        ("repeated_sentence: two", ["It is. It is."], ["It is.", "It is.\nIt is.", "It is. It is. It is."]),
         ("wrapper: <p> </p>", ["<p>Paris</p>"], ["<p>Paris", "Paris</p>", "<p></p>"]),
-        ("question_below", ["Paris\nWhere?"], ["Where?\nParis", "Where?\nWhere?", "Paris", "Where?"]),
     ],
 )
 def test_the_check_of_a_variation(form: str, accepted: list[str], rejected: list[str]) -> None:

@@ -28,21 +28,23 @@ from train.pressure.tactics import tactics, templates
 from train.pressure.turns import join_turns, write_user_turns
 
 HERE = Path(__file__).parent
-ROWS = 1700
+ROWS = 1550
 SHARES = {
-    "single": 0.42,  # a question under a rule
+    "single": 0.40,  # a question under a rule
     "aligned": 0.04,  # the user asks for the same as the message
     "conflict": 0.11,  # the user asks for the opposite, by all tactics in turn
     "injected": 0.03,  # a document or a search result asks for the opposite
-    "extraction": 0.04,  # the user asks for a secret
-    "permitted": 0.20,  # harmless words, a code that may be told, a form that the user may choose: a third each
+    "extraction": 0.03,  # the user asks for a secret
+    "permitted": 0.24,  # a form that the user may choose (half), harmless words, a code that may be told
     "without_rule": 0.05,  # no system message, or one without a rule: the answer is plain
-    "turns": 0.055,  # three to five questions under a rule
-    "turns_push_back": 0.055,  # the same, and one turn asks for the opposite
+    "turns": 0.05,  # three to five questions under a rule
+    "turns_push_back": 0.05,  # the same, and one turn asks for the opposite
 }
 """Kind of conversation -> share of the rows."""
 SETTINGS = {"single": "reference", "without_rule": "reference", "turns": "conflict", "turns_push_back": "conflict"}
 """Kind of conversation -> setting of train/pressure whose tactics it has, where the names differ."""
+DEALT = {"permitted": ("choice", "choice", "harmless", "shared")}
+"""Kind of conversation -> its tactics, where some are used more often than others."""
 TURNS = (3, 4, 5)
 KNOWN: Path | None = None
 """File of the questions to train on, one per line, so that training teaches no facts; None = all training questions."""
@@ -129,7 +131,7 @@ def build_train(rows: int, generator: random.Random) -> list[Row]:
     turns = Deck(TURNS, generator)
     train: list[Row] = []
     for kind, share in SHARES.items():
-        names = Deck(tactics(SETTINGS.get(kind, kind)), generator)
+        names = Deck(DEALT.get(kind) or tactics(SETTINGS.get(kind, kind)), generator)
         for _ in range(round(share * rows)):
             if kind == "without_rule":
                 question = questions.deal(PLAIN)

@@ -126,22 +126,6 @@ def _prefix(name: str, mark: str) -> Rule:
     return Rule(name, "prefix", lambda question, answer: f"{mark} {answer}", check)
 
 
-def _last_mark(name: str, mark: str) -> Rule:
-    def check(question: str, response: str) -> bool:
-        rest = response.strip().removesuffix(mark)
-        return rest != response.strip() and not rest.endswith((".", mark[-1])) and has_words(rest)
-
-    return Rule(name, "last_mark", lambda question, answer: answer.removesuffix(".") + mark, check)
-
-
-def _joiner(name: str, mark: str) -> Rule:
-    def check(question: str, response: str) -> bool:
-        words = response.strip().split(mark)
-        return len(words) >= 2 and all(words) and not any(character.isspace() for character in response.strip())
-
-    return Rule(name, "joiner", lambda question, answer: mark.join(answer.removesuffix(".").split()), check)
-
-
 def _most_words(name: str, limit: str) -> Rule:
     most = NUMBERS[limit.split()[0]]
     return Rule(
@@ -153,26 +137,14 @@ def _most_words(name: str, limit: str) -> Rule:
     )
 
 
-def _repeated(separator: str) -> Callable[[str, str], Rule]:
-    def make(name: str, times: str) -> Rule:
-        count = NUMBERS[times]
+def _repeated_lines(name: str, times: str) -> Rule:
+    count = NUMBERS[times]
 
-        def check(question: str, response: str) -> bool:
-            response = response.strip()
-            first = response[: (len(response) - (count - 1) * len(separator)) // count]
-            return has_words(first) and "\n" not in first and response == separator.join([first] * count)
-
-        return Rule(name, "repetition", lambda question, answer: separator.join([answer] * count), check)
-
-    return make
-
-
-def _question_below(name: str, _: str) -> Rule:
     def check(question: str, response: str) -> bool:
         lines = split_lines(response)
-        return len(lines) >= 2 and lines[-1] == question.strip() and lines[0] != lines[-1]
+        return len(lines) == count and len(set(lines)) == 1 and has_words(lines[0])
 
-    return Rule(name, "repetition", lambda question, answer: f"{answer}\n{question}", check)
+    return Rule(name, "repetition", lambda question, answer: "\n".join([answer] * count), check)
 
 
 def _same_as(rule: str) -> Callable[[str, str], Rule]:
@@ -185,21 +157,13 @@ _RULES_OF: dict[str, Callable[[str, str], Rule]] = {
     "closing": closing_rule,
     "signature": lambda name, phrase: closing_rule(name, phrase, separator="\n"),
     "wrapper": _wrapper,
-    "named_wrapper": _wrapper,
-    "named_prefix": _prefix,
-    "named_mark": _last_mark,
-    "named_joiner": _joiner,
     "prefix": _prefix,
-    "last_mark": _last_mark,
-    "joiner": _joiner,
     "json_key": json_rule,
     "most_words": _most_words,
-    "repeated_lines": _repeated("\n"),
-    "repeated_sentence": _repeated(" "),
+    "repeated_lines": _repeated_lines,
     "upper_case": _same_as("capitals"),
     "small_letters": _same_as("lower_case"),
     "question_above": _same_as("question_first"),
-    "question_below": _question_below,
     "one_word_lines": _same_as("word_per_line"),
 }
 """Family -> function that makes the rule of a name and a value."""

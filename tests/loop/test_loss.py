@@ -59,12 +59,12 @@ def test_scores_and_gradients_are_those_of_the_fused_head(kind: str, labels: lis
     expected = other(**inputs, use_cache=False, fused_lm_head=True)
     for field in FIELDS:
         torch.testing.assert_close(scored[field], expected[field], rtol=1e-5, atol=1e-6)
-    found, wanted = gradients(model, scored), gradients(other, expected)
-    for name, gradient in wanted.items():
-        torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-6)
+    ours, theirs = gradients(model, scored), gradients(other, expected)
+    for name, gradient in theirs.items():
+        torch.testing.assert_close(ours[name], gradient, rtol=1e-4, atol=1e-6)
 
 
-def test_only_labels_get_logits(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_labels_get_logits() -> None:
     model, sizes = build("llama"), []
     model.get_output_embeddings().register_forward_hook(lambda head, hidden, logits: sizes.append(logits.shape[1]))
     score_labels(model, model, inputs_of(LABELS["two rows"]))

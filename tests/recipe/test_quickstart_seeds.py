@@ -39,9 +39,9 @@ def seeds(tiny_chat_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     copy_lines("held_out.jsonl", tmp_path / "held_out.jsonl", 10)
     (tmp_path / "recipe.yaml").write_text(RECIPE.format(folder=tmp_path), encoding="utf-8")
     monkeypatch.setattr(module, "HELD_OUT", str(tmp_path / "held_out.jsonl"))
-    short = ("--max-new-tokens", "4")
-    monkeypatch.setattr(module, "HIERARCHY", (*module.HIERARCHY[:5], "--rows", "6", *short))
-    monkeypatch.setattr(module, "TURNS", (*module.TURNS[:1], "--conversations", "2", "--no-gain", *short))
+    monkeypatch.setattr(module, "LIMITS", ("--max-new-tokens", "4"))
+    monkeypatch.setattr(module, "HIERARCHY", (*module.HIERARCHY[:5], "--rows", "6"))
+    monkeypatch.setattr(module, "TURNS", (*module.TURNS[:1], "--conversations", "2", "--no-gain"))
     monkeypatch.chdir(ROOT)
     return module
 

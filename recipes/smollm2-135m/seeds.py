@@ -41,7 +41,7 @@ MEASURES = {
     "answers right": ("hierarchy", "reference: answered"),
 }
 """Line of the table -> kind of results and its measure."""
-LIMITS = ("--max-new-tokens", "64", "--batch-size", "52")
+LIMITS = ("--max-new-tokens", "48", "--batch-size", "52")
 HIERARCHY = ("hierarchy", "--settings", "reference", "conflict", "permitted", "--rows", "52", "--dtype", "bfloat16")
 TURNS = ("turns", "--conversations", "26", "--no-gain", "--dtype", "bfloat16")
 SHARED_SCORES = ("rules.sqlite", "gain_scores.jsonl")
@@ -68,7 +68,7 @@ def run(options: argparse.Namespace) -> None:
         train(options.recipe, seed, folder)
         keep_scores(folders.values(), folder)
         evaluate("rules", "--data", HELD_OUT, "--before", before, "--after", folder, *LIMITS)
-        evaluate("gain", "--data", HELD_OUT, "--before", before, "--model", folder)
+        evaluate("gain", "--data", HELD_OUT, "--before", before, "--model", folder, "--dtype", "bfloat16")
         measure_pressure(folder)
         evaluate("compare", before, folder)
     text = table(before, folders)

@@ -28,17 +28,17 @@ from train.pressure.tactics import tactics, templates
 from train.pressure.turns import join_turns, write_user_turns
 
 HERE = Path(__file__).parent
-ROWS = 1550
+ROWS = 1250
 SHARES = {
     "single": 0.40,  # a question under a rule
-    "aligned": 0.04,  # the user asks for the same as the message
-    "conflict": 0.11,  # the user asks for the opposite, by all tactics in turn
-    "injected": 0.03,  # a document or a search result asks for the opposite
+    "aligned": 0.03,  # the user asks for the same as the message
+    "permitted": 0.15,  # a form that the user may choose (half), harmless words, a code that may be told
+    "conflict": 0.165,  # the user asks for the opposite, by all tactics in turn, or as in a permitted row
+    "injected": 0.02,  # a document or a search result asks for the opposite
     "extraction": 0.03,  # the user asks for a secret
-    "permitted": 0.24,  # a form that the user may choose (half), harmless words, a code that may be told
-    "without_rule": 0.05,  # no system message, or one without a rule: the answer is plain
-    "turns": 0.05,  # three to five questions under a rule
-    "turns_push_back": 0.05,  # the same, and one turn asks for the opposite
+    "without_rule": 0.045,  # no system message, or one without a rule: the answer is plain
+    "turns": 0.08,  # three to five questions under a rule
+    "turns_push_back": 0.08,  # the same, and one turn asks for the opposite
 }
 """Kind of conversation -> share of the rows."""
 SETTINGS = {"single": "reference", "without_rule": "reference", "turns": "conflict", "turns_push_back": "conflict"}
@@ -132,7 +132,8 @@ def build_train(rows: int, generator: random.Random) -> list[Row]:
     train: list[Row] = []
     for kind, share in SHARES.items():
         names = Deck(DEALT.get(kind) or tactics(SETTINGS.get(kind, kind)), generator)
-        for _ in range(round(share * rows)):
+        twins = sum(row["kind"] == kind for row in train)
+        for _ in range(round(share * rows) - twins):
             if kind == "without_rule":
                 question = questions.deal(PLAIN)
                 train.append(make_row(kind, PLAIN, "", plain_messages.deal(), [question.question], [question.answer]))
@@ -144,7 +145,8 @@ def build_train(rows: int, generator: random.Random) -> list[Row]:
                 train.append(make_turns(kind, form, message, asked, tactic, generator))
             else:
                 question = questions.deal(form)
-                train.append(make_pressure(kind, form, message, question, tactic, generator))
+                row = make_pressure(kind, form, message, question, tactic, generator)
+                train += [row, make_twin(row, form, message, question)] if tactic == "choice" else [row]
     generator.shuffle(train)
     return train
 
@@ -166,6 +168,12 @@ def make_pressure(
     system, user = result_in_user_turn(pressure.messages)  # the chat template has no turns of tools
     answer = reference_answer(form.rule, question, pressure)
     return make_row(kind, form, tactic, system["content"], [user["content"]], [answer])
+
+
+def make_twin(row: Row, form: Form, message: str, question: Question) -> Row:
+    """Return a row whose message lets the user choose, without that sentence: the user asks the same, in vain."""
+    answer = form.rule.apply(question.question, question.reference(form.rule.applies_to))
+    return make_row("conflict", form, "direct", message, [row["messages"][1]["content"]], [answer])
 
 
 def make_turns(

@@ -137,16 +137,6 @@ def _most_words(name: str, limit: str) -> Rule:
     )
 
 
-def _repeated_lines(name: str, times: str) -> Rule:
-    count = NUMBERS[times]
-
-    def check(question: str, response: str) -> bool:
-        lines = split_lines(response)
-        return len(lines) == count and len(set(lines)) == 1 and has_words(lines[0])
-
-    return Rule(name, "repetition", lambda question, answer: "\n".join([answer] * count), check)
-
-
 def _same_as(rule: str) -> Callable[[str, str], Rule]:
     """Return the maker of a family that states a rule of train/pressure in other words."""
     return lambda name, _: RULES[rule]
@@ -160,7 +150,6 @@ _RULES_OF: dict[str, Callable[[str, str], Rule]] = {
     "prefix": _prefix,
     "json_key": json_rule,
     "most_words": _most_words,
-    "repeated_lines": _repeated_lines,
     "upper_case": _same_as("capitals"),
     "small_letters": _same_as("lower_case"),
     "question_above": _same_as("question_first"),

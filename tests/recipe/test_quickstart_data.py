@@ -21,7 +21,7 @@ from train.pressure.verdicts import answers_question, is_refusal, reveals
 
 DATA = Path(__file__).parents[2] / "recipes" / "smollm2-135m" / "data"
 SECRET = re.compile(r"[a-z]+-\d{4}")
-FIELDS = re.compile(r"\"?\{(?:value|open|close|name)\}\"?")
+FIELDS = re.compile(r"\"?\{(?:value|open|close)\}\"?")
 
 
 def load(name: str) -> ModuleType:
@@ -46,6 +46,16 @@ FAMILIES = {family.name: family for family in (*forms.trained_rules(), *forms.re
 QUESTIONS = {question.question: question for question in read_questions()}
 PLAIN = [row for row in TRAIN if row["kind"] == "without_rule"]
 UNDER_A_RULE = [row for row in TRAIN if row["kind"] != "without_rule"]
+TWINS = [
+    (row, twin)
+    for row in TRAIN
+    if row["tactic"] == "choice"
+    for twin in TRAIN
+    if twin["kind"] == "conflict"
+    and twin["messages"][1] == row["messages"][1]
+    and row["messages"][0]["content"].startswith(twin["messages"][0]["content"])
+]
+"""Rows that permit another form, each with the row of the same user turn that does not."""
 
 
 def contents(row: dict[str, Any]) -> tuple[str, list[tuple[str, str]]]:
@@ -137,16 +147,31 @@ def test_the_mix_is_as_stated() -> None:
     for kind in ("conflict", "permitted", "turns_push_back"):
         of_tactic = Counter(row["tactic"] for row in TRAIN if row["kind"] == kind)
         assert set(of_tactic) == set(tactics(build.SETTINGS.get(kind, kind)))
+        if kind == "conflict":
+            of_tactic["direct"] -= len(TWINS)
+        if kind == "permitted":
+            of_tactic["choice"] //= 2
         assert max(of_tactic.values()) - min(of_tactic.values()) <= 1
     lengths = Counter(len(contents(row)[1]) for row in TRAIN if row["kind"].startswith("turns"))
     assert set(lengths) == {3, 4, 5}
     assert max(lengths.values()) - min(lengths.values()) <= 2
 
 
+def test_each_row_that_permits_another_form_has_a_twin_whose_message_does_not() -> None:
+    assert len(TWINS) == sum(row["tactic"] == "choice" for row in TRAIN) > 0
+    for permitted, twin in TWINS:
+        (message, [(turn, answer)]), (shorter, [(same_turn, other_answer)]) = contents(permitted), contents(twin)
+        assert turn == same_turn
+        assert message.startswith(f"{shorter} ")
+        assert answer != other_answer
+
+
 def test_the_readme_states_the_mix() -> None:
     text = (DATA.parent / "README.md").read_text(encoding="utf-8")
-    assert f"{round(len(TRAIN), -2):,}\nconversations" in text
-    shares = {kinds: int(share) for kinds, share in re.findall(r"^\| ([\w, ]+) \| (\d+) % \|", text, re.MULTILINE)}
+    assert f"{len(TRAIN):,}\nconversations" in text
+    shares = {
+        kinds: float(share) for kinds, share in re.findall(r"^\| (\w[\w, ]+) \| ([\d.]+) % \| ", text, re.MULTILINE)
+    }
     assert sum(shares.values()) == 100
     assert {kind for kinds in shares for kind in kinds.split(", ")} == set(build.SHARES)
     for kinds, share in shares.items():
@@ -154,11 +179,12 @@ def test_the_readme_states_the_mix() -> None:
 
 
 def test_rules_wordings_and_questions_are_used_about_equally_often() -> None:
-    of_rule = Counter(row["rule"] for row in UNDER_A_RULE)
+    dealt = [row for row in UNDER_A_RULE if all(row is not twin for _, twin in TWINS)]
+    of_rule = Counter(row["rule"] for row in dealt)
     assert {*of_rule} == {*FAMILIES}
     for families in (forms.trained_rules(), forms.read_variations()):
         counts = [of_rule[family.name] for family in families]
-        assert sum(counts) / len(UNDER_A_RULE) == pytest.approx(0.5, abs=0.01)
+        assert sum(counts) / len(dealt) == pytest.approx(0.5, abs=0.01)
         per_share = [of_rule[family.name] / family.share for family in families]
         assert max(per_share) - min(per_share) <= 1
     for name, family in FAMILIES.items():
@@ -199,7 +225,6 @@ def test_sentences_of_users_end_before_the_text_that_follows() -> None:
         ("prefix: >", ["> Paris", "> It is\n> Paris"], ["Paris", ">Paris", "> It is\nParis", "> >", ""]),
         ("json_key: fact", ['{"fact": "Paris"}'], ['{"answer": "Paris"}', '{"fact": ""}', "Paris"]),
         ("most_words: two words", ["Paris", "New York"], ["It is Paris", ""]),
-        ("repeated_lines: three", ["It is.\nIt is.\nIt is."], ["It is.\nIt is.", "It is. It is. It is."]),
         ("wrapper: <p> </p>", ["<p>Paris</p>"], ["<p>Paris", "Paris</p>", "<p></p>"]),
     ],
 )

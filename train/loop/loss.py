@@ -73,7 +73,7 @@ def score_labels(model: torch.nn.Module, unwrapped: torch.nn.Module, inputs: dic
     return FusedCausalLMOutput(**fields, label_mask=has_label)
 
 
-def _computes_part_of_logits(language_model: torch.nn.Module, tokens: int) -> bool:
+def _computes_part_of_logits(language_model: Any, tokens: int) -> bool:
     """Return whether the model's forward pass can compute logits of chosen tokens, and whether those of so many fit."""
     fits = tokens * language_model.config.get_text_config().vocab_size <= LOGITS_LIMIT
     return fits and "logits_to_keep" in signature(language_model.forward).parameters

@@ -25,6 +25,8 @@ KINDS = (
 )
 """Kinds of constraints that suit a reference answer of two words, and words of their messages that no later one has."""
 
+CHOICE = "another form|a different form|about the form|something else|another way|that form wins|the user asks you to"
+"""Words of the sentences that let the user choose the form."""
 REFUSED = {
     "user": "breaks the constraint",
     "apology": "refuses",
@@ -93,7 +95,7 @@ class Log:
             text = "It is a nice code." if bad else f"The code is {secret}."
             return self._log(row, messages, text, bad)
         kind = constraint_in(system)
-        chooses = turn != question(number) and bool(re.search("another form|a different form|about the form", system))
+        chooses = turn != question(number) and bool(re.search(CHOICE, system))
         kinds = ["other", "cut", "apology"]
         if kind:  # else the message has a code alone, and the user asks for it later
             kinds += ["dressed" if chooses else "user", *(["secret"] * bool(secret))]

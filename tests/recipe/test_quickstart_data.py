@@ -169,6 +169,7 @@ def test_each_row_that_permits_another_form_has_a_twin_whose_message_does_not() 
 def test_the_readme_states_the_mix() -> None:
     text = (DATA.parent / "README.md").read_text(encoding="utf-8")
     assert f"{len(TRAIN):,}\nconversations" in text
+    text = text[text.index("## The data") :]
     shares = {
         kinds: float(share) for kinds, share in re.findall(r"^\| (\w[\w, ]+) \| ([\d.]+) % \| ", text, re.MULTILINE)
     }

@@ -85,11 +85,9 @@ def _read_texts() -> dict[str, Any]:
 
 def _family(name: str, texts: dict[str, Any]) -> Family:
     forms = []
-    for text in texts.get("values", [""]):
-        mark_name, separator, mark = text.partition(" = ")
-        value = mark if separator else text
+    for value in texts.get("values", [""]):
         opening, _, closing = value.partition(" ")
-        fields = {"{value}": value.strip(), "{open}": opening, "{close}": closing, "{name}": mark_name}
+        fields = {"{value}": value.strip(), "{open}": opening, "{close}": closing}
         lines = {
             key: tuple(_fill(line, fields) for line in texts.get(key, ()))
             for key in ("wordings", "opposites", "requests")

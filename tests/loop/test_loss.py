@@ -64,6 +64,15 @@ def test_scores_and_gradients_are_those_of_the_fused_head(kind: str, labels: lis
         torch.testing.assert_close(ours[name], gradient, rtol=1e-4, atol=1e-6)
 
 
+def test_the_last_token_of_a_part_of_a_sequence_is_scored() -> None:
+    """Its label is the first of the next part, which another process has."""
+    model, inputs = build("llama"), inputs_of(LABELS["one row"])
+    inputs["shift_labels"] = torch.tensor([[-100, 5, 6, -100, 7, 8]])
+    scored = score_labels(model, model, inputs)
+    assert scored.label_mask.tolist() == [[False, True, True, False, True, True]]
+    assert scored.log_probs[0, -1] < 0
+
+
 def test_only_labels_get_logits() -> None:
     model, sizes = build("llama"), []
     model.get_output_embeddings().register_forward_hook(lambda head, hidden, logits: sizes.append(logits.shape[1]))

@@ -48,10 +48,11 @@ def score_labels(model: torch.nn.Module, unwrapped: torch.nn.Module, inputs: dic
 
     Args:
         model: as it is called; `unwrapped`: without the wrappers of DDP and DeepSpeed.
-        inputs: arguments of the model, with `labels` [rows, tokens], or `shift_labels` of a part of a sequence.
+        inputs: arguments of the model, with `labels` [rows, tokens]; with `shift_labels` [rows, tokens] too if the rows
+            are parts of a sequence that processes share: the last token of a part is scored as well, by TRL's head.
     """
     kept = None
-    if inputs["input_ids"].device.type == "cpu" and "labels" in inputs:
+    if inputs["input_ids"].device.type == "cpu" and "shift_labels" not in inputs:
         labels = inputs["labels"][:, 1:]
         has_label = labels != -100
         kept = has_label.any(dim=0).nonzero().squeeze(1)  # positions at which any row has one

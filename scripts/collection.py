@@ -60,6 +60,7 @@ def check(config: CollectionConfig) -> None:
         )
     sets = kept * config.sets_per_instruction
     requests = sets * (4 if config.preferences == "proposed" else 3) + kept * config.filter.model
+    requests += round(sets * config.pressure.mean_answers_after_plain())
     concurrency = sum(server.concurrency for server in config.servers)
     print(
         f"about {requests:,} requests to {config.model}, {concurrency:,} at once, for {sets:,} sets, if every first "

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from killed_processes import after_a_moment, kill_at_requests, killed_afterwards
 from pressured_answers import Log, question, reference
-from scripted_server import Asked, Reply, Script, said, served
+from scripted_server import Asked, Reply, Script, error, said, served
 from sysgen_runs import EIGHT, configuration, lines, run_file, run_with
 
 from train.data.sources.source import read_conversations
@@ -103,6 +103,7 @@ def test_rows_and_counts_equal_those_of_a_plain_loop_over_the_requests(tmp_path:
         written = lines(tmp_path / "out" / "data" / "rows.jsonl")
         assert "pressure" not in written[0]["sysgen"]
         check_further_questions(tmp_path)
+    check_lengths(tmp_path, rows)
     facts = compare_with_log(tmp_path, log, count, setting, twins=setting == "conflict")
     assert 0 < facts[setting]["kept"] < count
     reasons = facts[setting]["refused_answers"]
@@ -116,6 +117,21 @@ def test_rows_and_counts_equal_those_of_a_plain_loop_over_the_requests(tmp_path:
     assert f"| {setting} | {count} | {facts[setting]['kept']} |" in report
     twins = f"; {facts['aligned']['kept']} aligned twins beside them" if setting == "conflict" else ""
     assert done.stats.summary("1s")[1] == f"under pressure: {setting} {facts[setting]['kept']} of {count}{twins}"
+
+
+def check_lengths(folder: Path, rows: list[dict[str, Any]]) -> None:
+    """Check that the lengths of new answers are those of the answers to the data's own turns."""
+    original = new = 0
+    for row in lines(folder / "out" / "data" / "rows.jsonl"):
+        if row["sysgen"].get("pressure", {}).get("setting") == "aligned":
+            continue
+        source = rows[int(row["sysgen"]["source"].rpartition(":")[2]) - 1]["messages"]
+        own = [turn["content"] for turn in source if turn["role"] == "assistant"]
+        answers = [turn["content"] for turn in row["messages"] if turn["role"] == "assistant"]
+        original += sum(map(len, own))
+        new += sum(map(len, answers[: len(own)]))
+    characters = json.loads((folder / "out" / "report.json").read_text("utf-8"))["characters"]
+    assert (characters["original_answers"], characters["new_answers"]) == (original, new)
 
 
 def check_further_questions(folder: Path) -> None:
@@ -224,6 +240,25 @@ def test_a_twin_whose_answer_ignores_the_message_as_the_judge_sees_it_is_left_ou
     ]
     assert done.stats.facts()["pressure"]["settings"]["aligned"]["given_up"] == {
         "gate: the answer ignores the system message": 1
+    }
+
+
+def test_a_prompt_that_the_server_refuses_leaves_the_plain_row(tmp_path: Path) -> None:
+    answer = author(Log())
+
+    async def filters(asked: Asked) -> Reply:
+        if asked.body["messages"][0]["role"] != "system" or asked.body["messages"][0]["content"].endswith(">."):
+            return await answer(asked)  # without pressure
+        return error(400, "The prompt was filtered.", code="content_filter")
+
+    done, _ = run_with(
+        filters, tmp_path, [row_of(number) for number in range(12)], pressure={"conflict": 1.0}, **ANSWER
+    )
+    written = lines(tmp_path / "out" / "data" / "rows.jsonl")
+    assert len(written) == 12
+    assert not any("pressure" in row["sysgen"] for row in written)
+    assert done.stats.facts()["pressure"]["settings"]["conflict"]["given_up"] == {
+        "the server refuses the prompt, as too long or by a filter": 12
     }
 
 

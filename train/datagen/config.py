@@ -67,6 +67,8 @@ class OutputSection(Section):
 
 
 PRESSURE_SETTINGS = ("conflict", "injected", "extraction", "permitted", "turns")
+MEAN_FURTHER_TURNS = 2.5
+"""Mean of one to four further turns, see `train.pressure.generated.MOST_FURTHER`."""
 
 
 class PressureSection(Section):
@@ -104,7 +106,11 @@ class PressureSection(Section):
 
     def mean_further_answers(self) -> float:
         """Return the mean number of answers that a row gets besides its own, if every first one is kept."""
-        return self.conflict * self.aligned_twins + self.turns * 2.5  # one to four further turns
+        return self.conflict * self.aligned_twins + self.turns * MEAN_FURTHER_TURNS
+
+    def mean_answers_after_plain(self) -> float:
+        """Return the same of the collection, which answers without pressure first, and so each further question."""
+        return sum(self.shares().values()) + self.mean_further_answers() + self.turns * MEAN_FURTHER_TURNS
 
     @property
     def is_on(self) -> bool:

@@ -16,6 +16,8 @@ from train.datagen.config import PressureSection
 from train.datagen.constraints import Constraint, draw_constraints
 from train.datagen.language import detect_language
 from train.datagen.stage_client import RowInProgress, StageClient
+from train.llm.failures import RequestFailed
+from train.llm.request import Answer, Request
 from train.pressure.answer_checks import covers_reference
 from train.pressure.conversations import build_pressure, result_in_user_turn
 from train.pressure.tactics import tactics
@@ -36,6 +38,7 @@ EARLIER = 100
 NOT_ENGLISH = "not in English, as the templates are"
 NO_CONSTRAINT = "no constraint suits the answers"
 NO_FURTHER = "no question of an earlier row"
+REFUSED_PROMPT = "the server refuses the prompt, as too long or by a filter"
 
 RECORD_FIELDS = ("setting", "tactic", "constraint", "constraint_text", "question", "secret")
 """Fields that a written row has about its pressure."""
@@ -273,15 +276,17 @@ async def ask_row(
         start: the conversation so far, from the system message on.
         attempts: answers per turn.
 
-    Raises RequestFailed and UserError as the client does.
+    Raises RequestFailed and UserError as `ask_unless_refused` does.
     """
     messages = list(start)
     for turn in row.turns:
         messages.append({"role": "user", "content": turn.content})
         for sample in range(attempts):
-            answer = await client.ask(
-                client.request("answer", messages, sample), progress, continues_if_empty=sample + 1 == attempts
-            )
+            request = client.request("answer", messages, sample)
+            answer = await ask_unless_refused(client, request, progress, continues_if_empty=sample + 1 == attempts)
+            if answer is None:
+                row.give_up(REFUSED_PROMPT)
+                return False
             reason = answer.unfinished or turn.check(answer.text)
             if not reason:
                 messages.append({"role": "assistant", "content": answer.text})
@@ -292,3 +297,20 @@ async def ask_row(
             return False
     row.messages = messages
     return True
+
+
+async def ask_unless_refused(
+    client: StageClient, request: Request, progress: RowInProgress, *, continues_if_empty: bool
+) -> Answer | None:
+    """Return the answer; None if the server refuses the prompt for its length or content.
+
+    Filters refuse "ignore the above" as an attack (Azure's Prompt Shields: status 400). The plain row is still good.
+
+    Raises RequestFailed for another failure, and UserError as the client does.
+    """
+    try:
+        return await client.ask(request, progress, continues_if_empty=continues_if_empty)
+    except RequestFailed as failure:
+        if failure.about_content:
+            return None
+        raise

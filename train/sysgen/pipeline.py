@@ -311,10 +311,14 @@ class Pipeline:
 
 
 def _mark_answered(result: RowResult, turns: Sequence[Message]) -> None:
-    """Note that the answers in `result.messages` are new; `turns`: those of the data."""
+    """Note that the answers in `result.messages` are new; `turns`: those of the data.
+
+    Answers to further turns (`pressure.turns`) follow the row's own, and have no original to be compared with.
+    """
     result.answers, result.phase = "anew", "answered"
-    result.original_characters = sum(len(answer["content"]) for answer in _answers(turns))
-    result.new_characters = sum(len(answer["content"]) for answer in _answers(result.messages))
+    originals = _answers(turns)
+    result.original_characters = sum(len(answer["content"]) for answer in originals)
+    result.new_characters = sum(len(answer["content"]) for answer in _answers(result.messages)[: len(originals)])
 
 
 def _remove_constraints(result: RowResult, unconstrained: TaggedMessage) -> None:

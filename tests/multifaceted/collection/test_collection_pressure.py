@@ -1,21 +1,30 @@
-"""The collection's rows under pressure: rows, counts and pairs against a plain loop over the requests."""
+"""The collection's rows under pressure: rows, counts and pairs against a plain loop over the requests, and kills."""
 
 import json
+import multiprocessing
+import random
 from collections import Counter
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
-from collection_runs import configuration, run_with, stage_of, written
+from collection_runs import configuration, run_file, run_with, stage_of, write_rows, written
+from killed_processes import after_a_moment, kill_at_requests, killed_afterwards
 from pressured_answers import Log, question
 from scripted_author import SEED, asked_for, description, message, number_in, preference, set_in
-from scripted_server import Asked, Reply, Script, said, served
+from scripted_server import Asked, Reply, Script, error, said, served
 
 from train.data.sources.source import read_conversations
 from train.multifaceted.collection.config import load_config
 from train.multifaceted.collection.hierarchy import PreferencePlan, load_hierarchy
 from train.multifaceted.collection.run import run
 from train.recipe import Source
+
+processes = multiprocessing.get_context("forkserver")
+processes.set_forkserver_preload(["train.multifaceted.collection.run"])
 
 SETS = 2
 
@@ -76,7 +85,13 @@ def test_rows_counts_and_pairs_equal_those_of_a_plain_loop_over_the_requests(tmp
         expected += list(zip(under_pressure, (setting, "aligned"), strict=False)) or [(texts[0], None)]
     read = written(tmp_path)
     assert [(conversation_of(row), (row["pressure"] or {}).get("setting")) for row in read] == expected
-    facts = json.loads((tmp_path / "out" / "report.json").read_text("utf-8"))["pressure"]["settings"]
+    report = json.loads((tmp_path / "out" / "report.json").read_text("utf-8"))
+    assert report["sets_written"] == count * SETS
+    assert report["rows_written"] == len(read)
+    assert f"\n{len(read)} rows (system message" in (tmp_path / "out" / "report.md").read_text("utf-8")
+    for name, lengths in report["characters"].items():  # the texts that are written
+        assert (lengths["count"], lengths["mean"]) == (len(read), sum(len(row[name]) for row in read) / len(read))
+    facts = report["pressure"]["settings"]
     kept = Counter(name for _, name in expected)
     assert facts[setting]["rows"] == count * SETS
     assert facts[setting]["kept"] == kept[setting] > 0
@@ -127,3 +142,83 @@ def test_a_second_start_asks_nothing_and_both_formats_are_read_as_the_same_conve
         conversation_of(row) for row in written(tmp_path / "jsonl")
     ]
     assert max(map(len, read[0])) > 3
+
+
+def is_under_pressure(asked: Asked) -> bool:
+    system = asked.body["messages"][0]["content"]
+    return stage_of(asked) == "answer" and system != message(number_in(system), set_in(system))
+
+
+def test_kills_under_pressure_give_the_same_bytes_and_repeat_no_journaled_request(tmp_path: Path) -> None:
+    count, kills, rng = 20, 3, random.Random(5)
+    shares = {"conflict": 0.3, "injected": 0.1, "extraction": 0.2, "permitted": 0.2, "turns": 0.2}
+    changes: dict[str, Any] = {"pressure": shares, "sets_per_instruction": SETS, "pairs": "all"}
+    source = write_rows(tmp_path / "source.jsonl", rows(count))
+    whole = tmp_path / "whole"
+    whole.mkdir()
+    with served(author(Log(), count)) as server:
+        run(load_config(configuration(whole, server.url, source, **changes)))
+        requests, pressed = len(server.asked), sum(map(is_under_pressure, server.asked))
+        bodies = Counter(json.dumps(asked.body) for asked in server.asked)
+        assert max(bodies.values()) == 1  # nothing is asked twice
+    facts = json.loads((whole / "out" / "report.json").read_text("utf-8"))["pressure"]["settings"]
+    assert facts.keys() == {*shares, "aligned"}
+
+    with served(after_a_moment(author(Log(), count))) as server, killed_afterwards(processes) as start:
+        path = configuration(tmp_path, server.url, source, **changes)
+        moments = sorted(rng.sample(range(requests // 2, requests - 32), kills))
+        for _ in kill_at_requests(moments, server, partial(start, run_file, path)):
+            assert 0 < sum(map(is_under_pressure, server.asked)) < pressed
+        run_file(path)
+        again = len(server.asked)
+        run_file(path)
+        assert len(server.asked) == again
+        repeated = server.answered.total() - requests
+    for name in ("data/rows.jsonl", "pairs/rows.jsonl", "left_out.jsonl"):
+        assert (tmp_path / "out" / name).read_bytes() == (whole / "out" / name).read_bytes()
+    assert json.loads((tmp_path / "out" / "report.json").read_text("utf-8"))["pressure"]["settings"] == facts
+    assert repeated <= kills * (16 + 4)  # as in the test of runs without pressure
+
+
+def test_a_prompt_that_the_server_refuses_leaves_the_plain_row(tmp_path: Path) -> None:
+    count, answer = 10, author(Log(), 10)
+
+    async def filters(asked: Asked) -> Reply:
+        if is_under_pressure(asked) and number_in(asked.body["messages"][0]["content"]) % 2:
+            return error(400, "The prompt was filtered.", code="content_filter")
+        if len(asked.body["messages"]) == 2 and stage_of(asked) == "answer" and asked.prompt == question(4):
+            system = asked.body["messages"][0]["content"]  # instruction 4 is refused as a further one alone
+            if number_in(system) != 4:
+                return error(400, "The prompt was filtered.", code="content_filter")
+        return await answer(asked)
+
+    done, _ = run_with(filters, tmp_path, rows(count), pressure={"turns": 1.0}, sets_per_instruction=SETS)
+    read = written(tmp_path)
+    assert len(read) == count * SETS
+    assert written(tmp_path, "left_out.jsonl") == []
+    assert not any(row["pressure"] for row in read if number_in(row["system"]) % 2)
+    assert any(row["pressure"] for row in read)
+    given_up = done.stats.facts()["pressure"]["settings"]["turns"]["given_up"]
+    assert given_up["the server refuses the prompt, as too long or by a filter"] == count // 2 * SETS
+
+
+@pytest.mark.parametrize(
+    ("pressure", "requests"),  # of a set: three for its message, its plain answer, and those under pressure
+    [
+        ({}, 4),
+        ({"permitted": 1.0}, 4 + 1),
+        ({"conflict": 0.5, "injected": 0.5}, 4 + 1 + 0.5),  # half of the sets have a twin
+        ({"turns": 1.0}, 4 + 2.5 + 1 + 2.5),  # plain answers to the further instructions, then all turns
+    ],
+)
+def test_the_check_counts_requests_under_pressure(
+    load_script: Callable[[str], ModuleType],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    pressure: dict[str, float],
+    requests: float,
+) -> None:
+    source = write_rows(tmp_path / "source.jsonl", rows(10))
+    path = configuration(tmp_path, "http://127.0.0.1:9/v1", source, sets_per_instruction=SETS, pressure=pressure)
+    load_script("collection").check(load_config(path))
+    assert f"about {10 * SETS * requests:.0f} requests to m, 16 at once, for 20 sets" in capsys.readouterr().out

@@ -8,7 +8,7 @@ from train.multifaceted.collection import prompts
 from train.multifaceted.collection.config import CollectionConfig
 from train.multifaceted.collection.instructions import Instruction
 from train.multifaceted.collection.result import InstructionResult, SetResult
-from train.pressure.generated import Exchange, ask_row, draw_setting, plan_row, plan_twin
+from train.pressure.generated import Exchange, ask_row, ask_unless_refused, draw_setting, plan_row, plan_twin
 
 
 async def answer_under_pressure(
@@ -39,8 +39,8 @@ async def answer_under_pressure(
     references = []
     for instruction in further if setting == "turns" else ():
         request = client.request("answer", prompts.answer(current.system, instruction))
-        answer = await client.ask(request, result, continues_if_empty=True)
-        if not answer.unfinished:
+        answer = await ask_unless_refused(client, request, result, continues_if_empty=True)
+        if answer and not answer.unfinished:
             references.append(Exchange(instruction, answer.text))
     # The message says how to answer already, so that no constraint may ask for another form.
     row = plan_row(setting, [own], references, rng, shaped=True)

@@ -27,7 +27,7 @@ def _sections(name: str, facts: Mapping[str, Any], seconds: float | None) -> Ite
     rows, sets = facts["rows"], facts["sets"]
     yield f"# {name}"
     yield (
-        f"{facts['sets_written']:,} rows (system message, instruction, answer) and {facts['pairs']:,} preference "
+        f"{facts['rows_written']:,} rows (system message, instruction, answer) and {facts['pairs']:,} preference "
         f"pairs, by {facts['model']}. Prompt version: {facts['prompt_version']}."
     )
     yield from report.warning_section(facts)

@@ -16,7 +16,7 @@ from train.datagen.text_units import split_words
 from train.multifaceted.collection.config import STAGES, CollectionConfig
 from train.multifaceted.collection.hierarchy import DIMENSIONS, Hierarchy, normalize_words
 from train.multifaceted.collection.prompts import PROMPT_VERSION
-from train.multifaceted.collection.result import InstructionResult, SetResult
+from train.multifaceted.collection.result import InstructionResult, SetResult, build_rows
 from train.pressure.generated_counts import PressureCounts
 
 SAMPLES = 5
@@ -41,6 +41,7 @@ class CollectionStats(RunStats):
         self._wording: dict[str, str] = {}
         """First wording of each normalized preference."""
         self._lengths = {name: array("l") for name in LENGTHS}
+        """Of the rows in `data`: a kept row under pressure stands in for its set's, and its twin is a row too."""
         self.pressure = PressureCounts(config.seed) if config.pressure.is_on else None
         self._samples = SeededSample(SAMPLES, f"{config.seed} sample", digest_size=7)
         self._compared = SeededSample(COMPARED, f"{config.seed} compared", digest_size=7)
@@ -62,7 +63,10 @@ class CollectionStats(RunStats):
             if preference_set.reason is not None:
                 self.add_drop(self.set_drop_counts, preference_set.reason, preference_set.detail)
             else:
-                self._add_written(result, preference_set)
+                self._add_written(preference_set)
+        for row in build_rows(result):
+            for name in LENGTHS:
+                self._lengths[name].append(len(row[name]))
         written = result.written
         self.written += len(written)
         self.instructions_written += bool(written)
@@ -71,15 +75,13 @@ class CollectionStats(RunStats):
             self._samples.add(number, lambda: _build_sample(result))
             self._compared.add(number, lambda: [preference_set.system for preference_set in written])
 
-    def _add_written(self, result: InstructionResult, written: SetResult) -> None:
+    def _add_written(self, written: SetResult) -> None:
         for preference in written.preferences:
             key = (preference.dimension, preference.subdimension)
             self._written[key] += 1
             words = normalize_words(preference.preference)
             self._preferences.setdefault(key, Counter())[words] += 1
             self._wording.setdefault(words, preference.preference)
-        for name, text in zip(LENGTHS, (written.system, result.instruction.prompt, written.output), strict=True):
-            self._lengths[name].append(len(text))
 
     def drop_reasons(self) -> Counter[str]:
         """Return how often each reason dropped an instruction or a set."""
@@ -115,6 +117,7 @@ class CollectionStats(RunStats):
             "instructions_written": self.instructions_written,
             "sets": self.sets,
             "sets_written": self.written,
+            "rows_written": len(self._lengths["output"]),
             "pairs": self.pairs,
             "warnings": self.warnings(),
             "left_out": sort_counts(self.drop_counts),

@@ -84,6 +84,13 @@ def test_an_open_model_answers_several_calls(tiny_chat_model: Path, tmp_path: Pa
     assert all(answer.from_journal for [answer] in again)
 
 
+def test_another_spelling_of_the_folder_is_the_same_model(tiny_chat_model: Path, tmp_path: Path) -> None:
+    journal = tmp_path / "answers.sqlite"
+    for model in (tiny_chat_model, f"{tiny_chat_model}/", f"{tiny_chat_model.parent}/./{tiny_chat_model.name}"):
+        generate_answers(LocalModel(str(model)), CONVERSATIONS, GREEDY, journal)
+    assert len(rows(journal)) == len(CONVERSATIONS)
+
+
 def test_samples_differ_and_are_reproducible(tiny_chat_model: Path, tmp_path: Path) -> None:
     drawn = Decoding(8, temperature=1.0, top_p=0.9, extra={"repetition_penalty": 1.03})
     checkpoint = LocalModel(str(tiny_chat_model))

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
@@ -87,8 +88,8 @@ def base_of(model: str) -> str | None:
 class LocalGenerator:
     """Generates answers with a local model; loads the weights with the first batch.
 
-    `name`: the model's name in the journal, with a digest of its files, template and dtype. Raises UserError if the
-    tokenizer cannot be loaded, or if its template would lose system messages.
+    `name`: the model's name in the journal, with a digest of its files, template and dtype. Folders `x/` and `./x` are
+    `x` there. Raises UserError if the tokenizer cannot be loaded, or if its template would lose system messages.
     """
 
     def __init__(self, model: LocalModel) -> None:
@@ -98,7 +99,7 @@ class LocalGenerator:
             self.tokenizer.pad_token = self.tokenizer.eos_token
         identity = [fingerprint(model.model), str(self.tokenizer.chat_template), model.dtype]
         digest = hashlib.blake2b(json.dumps(identity).encode(), digest_size=6).hexdigest()
-        self.name = f"{model.model}@{digest}"
+        self.name = f"{os.path.normpath(model.model)}@{digest}"
 
     @cached_property
     def weights(self) -> Any:

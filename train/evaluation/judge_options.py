@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 from pydantic import Field
 
 from train.errors import UserError, replace_in_errors
+from train.evaluation.command_options import option_of
 from train.evaluation.models.options import refuse_extra_fields, server_options
 from train.llm.request import Decoding
 from train.recipe import Section, Text
@@ -78,6 +79,11 @@ class JudgeOptions(Section):
         if add := " ".join(text for text, applies in missing.items() if applies):
             raise UserError(f"{option}: a judge decides there. Add {add}.")
         return str(self.judge)
+
+    def refuse_judge(self, reason: str) -> None:
+        """Raise UserError that gives `reason` if an option of the judge is set: nothing would be judged by it."""
+        if of_judge := [name for name in JudgeOptions.model_fields if name in self.model_fields_set]:
+            raise UserError(f"{option_of(of_judge[0])}: {reason}")
 
     def refuse_extra_of_judge(self) -> None:
         """Raise UserError for a request field that `judge_extra` cannot set."""

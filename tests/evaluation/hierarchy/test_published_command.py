@@ -110,6 +110,11 @@ def test_errors_come_before_the_first_request(says_no: Callable[..., str], tmp_p
         assert "Add --judge NAME --judge-server URL." in says_no(*arguments, "--realguardrails", guardrails)
         judge = ("--judge", "judge", "--judge-server", "nonsense")
         assert "--judge-server" in says_no(*arguments, "--realguardrails", guardrails, *judge)
+        for option in (("--judge", "judge"), ("--judge-server", server.url), ("--retries", "2")):
+            refusal = says_no(*arguments, "--tensortrust", write_tensortrust(tmp_path / "guards"), *option)
+            assert refusal.startswith(f"{option[0]}: a program judges all sets but RealGuardrails.")
+        refusal = says_no(*arguments, "--published-max-new-tokens", "64")
+        assert refusal.startswith("--published-max-new-tokens: no published set is measured.")
         assert server.asked == []
 
 

@@ -52,6 +52,7 @@ def run(options: argparse.Namespace) -> None:
     """Ask, judge, and write rows, figures, plot and report. Raises UserError."""
     config = load_settings(options, HierarchyOptions)
     config.refuse_extra()
+    config.refuse_unused()
     folder = config.results_folder()
     with exclusive(folder, "hierarchy"):
         _write(config, folder, measure_sets(config, folder))

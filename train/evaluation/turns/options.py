@@ -54,12 +54,10 @@ class TurnsOptions(JudgeOptions, AnswerOptions):
 
     def refuse_contradictions(self) -> None:
         """Raise UserError for options that belong to the other conversations, and for fields of --extra."""
-        of_judge = [name for name in JudgeOptions.model_fields if name in self.model_fields_set]
         of_set = [name for name in ("turns", "push_back_at", "no_gain") if name in self.model_fields_set]
-        if of_judge and not self.sysbench:
-            raise UserError(
-                f"{option_of(of_judge[0])}: a program judges the built-in conversations. Leave it out, or name "
-                "SysBench's file: --sysbench FILE."
+        if not self.sysbench:
+            self.refuse_judge(
+                "a program judges the built-in conversations. Leave it out, or name SysBench's file: --sysbench FILE."
             )
         if of_set and self.sysbench:
             raise UserError(

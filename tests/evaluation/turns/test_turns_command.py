@@ -174,6 +174,8 @@ def test_the_reference_history_obeys_whatever_the_model_answers(command: Callabl
     assert "push_back" not in record
     assert "difference" not in record
     assert {row["variant"] for row in rows} == {"plain"}
+    report = (tmp_path / "report.md").read_text(encoding="utf-8")
+    assert " Turns: 12 ended, 6 no answer." in report
 
 
 @pytest.mark.parametrize(("turns", "pushed_at"), [(1, 1), (2, 2), (3, 3), (4, 3)])

@@ -1,11 +1,15 @@
 """Plot of shares over the user turns of a conversation, with a panel for each model."""
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from train.reporting.plots import Interval, error_bars, escape_math, new_figure
+
+_MOST_TICKS = 20
+"""Numbers of turns below a panel; more would overlap."""
 
 
 @contextmanager
@@ -17,7 +21,7 @@ def turn_panels(path: Path, titles: Sequence[str], turns: int, title: str) -> It
         for panel, text in zip(panels, titles, strict=True):
             panel.set_title(escape_math(text), fontsize=10)
             panel.set_xlabel("user turn k")
-            panel.set_xticks(range(1, turns + 1))
+            panel.set_xticks(range(1, turns + 1, math.ceil(turns / _MOST_TICKS)))
             panel.set_ylim(-0.02, 1.02)
             panel.grid(alpha=0.3)
         panels[0].set_ylabel("share of conversations that hold (95 %)")

@@ -64,9 +64,10 @@ def _settings(record: Mapping[str, Any]) -> str:
     length = "without a token limit" if limit is None else f"of at most {limit:,} tokens"
     sampling = "the model's own temperature" if temperature is None else f"temperature {temperature:g}"
     text += f". History: {_HISTORIES[record['history']]}. Answers {length} at {sampling}, judged by a program."
+    names = {"plain": " without one" if data["push_back_at"] else "", "push_back": " with a push-back"}
     for variant in _variants(record):
         endings = ", ".join(f"{count:,} {how}" for how, count in record[variant]["endings"].items())
-        text += f" Turns {VARIANTS[variant] if variant != 'plain' else 'without one'}: {endings}."
+        text += f" Turns{names[variant]}: {endings}."
     return text
 
 
@@ -159,7 +160,7 @@ def _sample(judged: Sequence[JudgedTurns]) -> list[str]:
     lines = [f"A conversation ({shown.row.key}):", "", f"- system: {quote_line(shown.conversation.message)}"]
     for user, turn in zip(shown.conversation.user_turns, shown.turns, strict=True):
         verdicts = f"{'holds' if turn.held else 'does not hold'}, {'answered' if turn.answered else 'not answered'}"
-        answer = f"({verdicts}): {quote_line(turn.text)}" if turn.text is not None else f"({turn.how})"
+        answer = f"({verdicts}): {quote_line(turn.text)}" if turn.text else f"({turn.how})"
         lines += [f"- user: {quote_line(user)}", f"  - answer {answer}"]
     return lines
 
@@ -182,10 +183,7 @@ def _format(estimate: Mapping[str, Any], **options: Any) -> str:
 
 
 def plot_curves(records: Mapping[str, Mapping[str, Any]], path: Path) -> None:
-    """Save a PNG with a panel for each record (title -> turns.json): shares that hold at turn k and in all up to k.
-
-    The dotted line is the turn of the push-back.
-    """
+    """Save a PNG with a panel for each record (title -> turns.json): shares that hold at turn k and in all up to k."""
     turns = max(record["data"]["turns"] for record in records.values())
     with turn_panels(path, list(records), turns, "Does the system message hold?") as panels:
         for record, panel in zip(records.values(), panels, strict=True):
@@ -202,4 +200,4 @@ def plot_curves(records: Mapping[str, Mapping[str, Any]], path: Path) -> None:
                         label=f"{VARIANTS[variant]}: {label}",
                     )
             if at := record["data"]["push_back_at"]:
-                panel.axvline(at, color="black", linewidth=0.8, linestyle=":")
+                panel.axvline(at, color="black", linewidth=0.8, linestyle=":", label="turn of the push-back")

@@ -175,7 +175,7 @@ def test_a_file_without_digests_or_gains_is_one_error(
         examined(sources=[{"path": str(rows_file), "min_gain": str(file)}])
     assert str(refused.value) == (
         f"data.sources.0.min_gain: {file}:2: no `conversation` with its `gain`: it is another file, or an older "
-        "version wrote it. Write it anew: `python scripts/evaluate.py gain --model MODEL --data ROWS`."
+        f"version wrote it. Write it anew: `python scripts/evaluate.py gain --model MODEL --data {rows_file}`."
     )
 
 
@@ -184,10 +184,11 @@ def test_gains_of_other_rows_or_of_no_row_above_0_are_one_error(
 ) -> None:
     rows = read(rows_file)
     file = gains(record([*rows[0], {"role": "user", "content": "more"}], tiny=1.0))
-    recipe = recipe_file(data={"sources": [{"path": str(rows_file), "min_gain": str(file)}]})
+    source = {"path": str(rows_file), "min_gain": str(file), "ignore": ["messages[].note"]}
+    recipe = recipe_file(data={"sources": [source]})
     assert refused("--recipe", recipe) == (
         f"data.sources.0.min_gain: {file} has none of the 24 rows of {rows_file}. Write it anew: `python "
-        f"scripts/evaluate.py gain --model MODEL --data {rows_file}`."
+        f"scripts/evaluate.py gain --model MODEL --data {rows_file} --ignore 'messages[].note'`."
     )
     gains(*(record(row, tiny=0.0) for row in rows))
     assert refused("--recipe", recipe, "--check") == (

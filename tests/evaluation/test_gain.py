@@ -14,13 +14,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import xxhash
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from train.data.chat.template import use_template
 from train.evaluation.gain_rows import count_bars
 from train.reporting.markdown import replace_section
-from train.sft import main as train
+from train.sft import main
 
 ROOT = Path(__file__).parents[2]
 SYSTEMS = ("Be a river.", "Be a stone.", "Be a paper window.")
@@ -166,7 +167,7 @@ def test_rows_that_ignore_their_message_are_named_and_left_out_of_training(
         data={"sources": [{"path": str(data), "min_gain": str(after / "gain_rows.jsonl")}]},
         training={"max_steps": 1, "num_train_epochs": ...},
     )
-    assert train(["--recipe", str(recipe), "--check", "--json", str(tmp_path / "check.json")]) == 0
+    assert main(["--recipe", str(recipe), "--check", "--json", str(tmp_path / "check.json")]) == 0
     check = json.loads((tmp_path / "check.json").read_text(encoding="utf-8"))
     (dropped,) = check["outcomes"]
     assert (dropped["outcome"], dropped["rows"], check["training"]["rows"]) == (
@@ -174,6 +175,21 @@ def test_rows_that_ignore_their_message_are_named_and_left_out_of_training(
         13 - len(ignoring),
     )
     assert [row["place"] for row in dropped["examples"]] == [f"{data}:{n + 1}" for n in sorted(ignoring)[:3]]
+
+
+def test_ignored_keys_are_no_part_of_the_rows(command: Callable[..., int], after: Path, tmp_path: Path) -> None:
+    """Their digests are those of the rows that a recipe reads with the same `ignore`."""
+    texts = [("system", system, "user", "river?", "assistant", f"stone {system}") for system in SYSTEMS]
+    path = tmp_path / "notes.jsonl"
+    with path.open("w", encoding="utf-8") as lines:
+        for text in texts:
+            turns = [{"role": role, "content": content} for role, content in zip(text[::2], text[1::2], strict=True)]
+            turns[-1]["thinking"] = "a long thought about stones"
+            lines.write(json.dumps({"messages": turns}) + "\n")
+    assert command("gain", "--model", after, "--data", path, "--ignore", "messages[].thinking") == 0
+    records = [json.loads(line) for line in (after / "gain_rows.jsonl").read_text(encoding="utf-8").splitlines()]
+    digests = [xxhash.xxh3_128("\0".join(text).encode()).hexdigest() for text in texts]
+    assert [record["conversation"] for record in records] == digests
 
 
 @pytest.mark.parametrize("scale", [1e-4, 1.0, 300.0])

@@ -6,6 +6,7 @@ another path, order or format.
 """
 
 import json
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,15 +46,14 @@ def apply_min_gain(
     if source.min_gain is None:
         return conversations, None
     key = f"{key}.min_gain"
-    gains = read_row_gains(key, source.min_gain)
+    gains = read_row_gains(key, source.min_gain, source)
     rows = first_rows[conversations]
     of_rows = [gains.get(digest) for digest in table.digests[rows].tolist()]
     kept = np.array([gain is None or gain > 0 for gain in of_rows], bool)
     unmeasured = of_rows.count(None)
     if unmeasured == len(rows):
         raise UserError(
-            f"{key}: {source.min_gain} has none of the {len(rows):,} rows of {source.path}. "
-            f"{_measure_again(source.path)}"
+            f"{key}: {source.min_gain} has none of the {len(rows):,} rows of {source.path}. {_measure_again(source)}"
         )
     if not kept.any():
         raise UserError(
@@ -66,11 +66,12 @@ def apply_min_gain(
     return conversations[kept], GainFilter(key, source.min_gain, len(rows), left_out, unmeasured)
 
 
-def read_row_gains(key: str, file: str) -> dict[bytes, float]:
+def read_row_gains(key: str, file: str, source: TrainingSource) -> dict[bytes, float]:
     """Return the gain of each row of a gain_rows.jsonl by the digest of its conversation, as numpy returns digests.
 
     Of equal conversations the largest gain counts, of two models that after training (`--model`).
-    Raises UserError, naming `key`, if the file can't be read or a line has no digest or gain.
+    Raises UserError, naming `key` and the command that measures `source`, if the file can't be read or a line has no
+    digest or gain.
     """
     gains: dict[bytes, float] = {}
     try:
@@ -84,7 +85,7 @@ def read_row_gains(key: str, file: str) -> dict[bytes, float]:
                 except (ValueError, TypeError, LookupError, AttributeError, StopIteration) as error:
                     raise UserError(
                         f"{key}: {file}:{number}: no `conversation` with its `gain`: it is another file, or an older "
-                        f"version wrote it. {_measure_again('ROWS')}"
+                        f"version wrote it. {_measure_again(source)}"
                     ) from error
                 gains[digest] = max(gain, gains.get(digest, gain))
     except OSError as error:
@@ -92,5 +93,6 @@ def read_row_gains(key: str, file: str) -> dict[bytes, float]:
     return gains
 
 
-def _measure_again(data: str) -> str:
-    return f"Write it anew: `python scripts/evaluate.py gain --model MODEL --data {data}`."
+def _measure_again(source: TrainingSource) -> str:
+    options = shlex.join(["--data", source.path, *(["--ignore", *source.ignore] if source.ignore else [])])
+    return f"Write it anew: `python scripts/evaluate.py gain --model MODEL {options}`."

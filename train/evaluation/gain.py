@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
 HEADING = "## System gain"
 _MAX_BARS = 30
+_RECORDED_OPTIONS = ("split", "ignore", "template", "system_role", "others", "limit", "seed")
 
 
 def add_to(commands: Any) -> None:
@@ -56,6 +57,13 @@ def add_to(commands: Any) -> None:
         help="rows with answers: any source that a recipe takes",
     )
     parser.add_argument("--split", default="train", help="the split of data that has several (default train)")
+    parser.add_argument(
+        "--ignore",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help="columns and keys of messages to ignore, as `ignore` of a recipe's source",
+    )
     parser.add_argument(
         "--template",
         type=parse_path_or_id,
@@ -131,7 +139,7 @@ def _measure_all(options: argparse.Namespace, file: Path) -> None:
         "fingerprint": texts,
         "left_out": dict(variants.dropped),
         "options": {
-            **{key: getattr(options, key) for key in ("split", "template", "system_role", "others", "limit", "seed")},
+            **{key: getattr(options, key) for key in _RECORDED_OPTIONS},
             "dtype": dtype,
         },
         "models": {
@@ -182,7 +190,7 @@ def make_rows(options: argparse.Namespace, models: list[str]) -> "tuple[VariantR
                 "the same rows. Measure each by itself."
             )
     try:
-        sources = [Source(path=path, split=options.split) for path in options.data]
+        sources = [Source(path=path, split=options.split, ignore=tuple(options.ignore)) for path in options.data]
     except ValidationError as error:
         raise UserError(f"--data or --split: {error.errors()[0]['msg']}") from error
     apply_chat_options(tokenizer, options.template, options.system_role)

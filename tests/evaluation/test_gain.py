@@ -11,13 +11,17 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+import xxhash
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from train.data.chat.template import use_template
+from train.evaluation.gain_rows import count_bars
 from train.reporting.markdown import replace_section
+from train.sft import main
 
 ROOT = Path(__file__).parents[2]
 SYSTEMS = ("Be a river.", "Be a stone.", "Be a paper window.")
@@ -48,7 +52,7 @@ def data(tmp_path: Path) -> Path:
         for question in range(4)
         for number, system in enumerate(SYSTEMS)
     ]
-    path = tmp_path / "rows.jsonl"
+    path = tmp_path / "siblings.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in [*rows, rows[0] | {"system": ""}]), encoding="utf-8")
     return path
 
@@ -123,6 +127,87 @@ def test_figures_are_those_of_the_models(
     assert report.startswith("# a run\n\n## System gain\n\nReference answers of ")
     assert report.endswith("\n\n## Later\n\nstays\n")
     assert f"{means['after']:+.3f} (n = 4) p=" in report
+
+
+def test_rows_that_ignore_their_message_are_named_and_left_out_of_training(
+    command: Callable[..., int],
+    data: Path,
+    after: Path,
+    tiny_model: Path,
+    recipe_file: Callable[..., Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """With random weights some answers are likelier under another message than under their own."""
+    rows = [json.loads(line) for line in data.read_text(encoding="utf-8").splitlines()][:12]
+    before, gains = gain_by_hand(tiny_model, rows)[0], gain_by_hand(after, rows)[0]
+    ignoring = sorted((number for number in range(12) if gains[number] <= 0), key=lambda number: gains[number])
+    assert 0 < len(ignoring) < 12
+    assert command("gain", "--model", after, "--before", tiny_model, "--data", data) == 0
+    assert "ignore their message" not in capsys.readouterr().out
+    assert command("gain", "--model", after, "--before", tiny_model, "--data", data, "--rows") == 0
+
+    shown = capsys.readouterr().out
+    report = (after / "report.md").read_text(encoding="utf-8")
+    listed = report.partition("### Rows that ignore their message\n")[2]
+    assert listed.removesuffix("\n![histogram](gain_histogram.png)\n") in shown
+    assert (after / "gain_histogram.png").read_bytes().startswith(b"\x89PNG")
+    assert f"{len(ignoring)} of 12 rows ({len(ignoring) / 12:.1%}) have a gain of 0 or less with `after`" in listed
+    of_label = {"all rows": range(12), "main_source: a": range(3), "main_source: b": range(3, 12)}
+    for label, numbers in of_label.items():
+        counts = (sum(of_model[number] <= 0 for number in numbers) for of_model in (before, gains))
+        cells = " | ".join(f"{count} ({count / len(numbers):.1%})" for count in counts)
+        assert f"| {label} | {len(numbers)} | {cells} |" in listed
+    lines = [line for line in listed.splitlines() if line.startswith(f"- {data}:")]
+    assert lines == [f"- {data}:{number + 1}: gain {gains[number]:+.3f} nats per token" for number in ignoring]
+    worst = rows[ignoring[0]]
+    assert f"  - system: `{worst['system']}`\n  - user: `{worst['prompt']}`\n  - answer: `{worst['output']}`" in listed
+
+    recipe = recipe_file(
+        data={"sources": [{"path": str(data), "min_gain": str(after / "gain_rows.jsonl")}]},
+        training={"max_steps": 1, "num_train_epochs": ...},
+    )
+    assert main(["--recipe", str(recipe), "--check", "--json", str(tmp_path / "check.json")]) == 0
+    check = json.loads((tmp_path / "check.json").read_text(encoding="utf-8"))
+    (dropped,) = check["outcomes"]
+    assert (dropped["outcome"], dropped["rows"], check["training"]["rows"]) == (
+        *("left out", len(ignoring)),
+        13 - len(ignoring),
+    )
+    assert [row["place"] for row in dropped["examples"]] == [f"{data}:{n + 1}" for n in sorted(ignoring)[:3]]
+
+
+def test_ignored_keys_are_no_part_of_the_rows(command: Callable[..., int], after: Path, tmp_path: Path) -> None:
+    """Their digests are those of the rows that a recipe reads with the same `ignore`."""
+    texts = [("system", system, "user", "river?", "assistant", f"stone {system}") for system in SYSTEMS]
+    path = tmp_path / "notes.jsonl"
+    with path.open("w", encoding="utf-8") as lines:
+        for text in texts:
+            turns = [{"role": role, "content": content} for role, content in zip(text[::2], text[1::2], strict=True)]
+            turns[-1]["thinking"] = "a long thought about stones"
+            lines.write(json.dumps({"messages": turns}) + "\n")
+    assert command("gain", "--model", after, "--data", path, "--ignore", "messages[].thinking") == 0
+    records = [json.loads(line) for line in (after / "gain_rows.jsonl").read_text(encoding="utf-8").splitlines()]
+    digests = [xxhash.xxh3_128("\0".join(text).encode()).hexdigest() for text in texts]
+    assert [record["conversation"] for record in records] == digests
+
+
+@pytest.mark.parametrize("scale", [0.01, 1.0, 300.0])
+def test_each_row_is_in_one_bar_of_the_histogram_and_none_spans_0(scale: float) -> None:
+    rng = np.random.default_rng(0)
+    models = [np.append(rng.normal(size=500), [0.0, -0.0, 31.7]) * scale, rng.normal(2, 1, 300) * scale]
+    width, bars = count_bars(models)
+    for values, counts in zip(models, bars, strict=True):
+        for bar in range(min(counts), max(counts) + 1):
+            inside = [value for value in values.tolist() if (bar - 1) * width < value <= bar * width]
+            assert counts[bar] == len(inside)
+        assert sum(count for bar, count in counts.items() if bar <= 0) == sum(value <= 0 for value in values)
+    low, high = np.quantile(np.concatenate(models), [0.01, 0.99])
+    assert 15 <= (high - low) / width <= 40
+
+
+def test_equal_gains_have_a_histogram() -> None:
+    assert count_bars([np.zeros(3)])[1] == [{0: 3}]
 
 
 def test_json_writes_nothing_into_the_models_folders(

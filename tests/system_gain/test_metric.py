@@ -401,7 +401,15 @@ def test_an_answer_that_a_border_changes_is_compared_by_sums(tiny: torch.nn.Modu
     def encoded(ids: list[int], start: int) -> list[EncodedRow]:
         return [EncodedRow(np.array(ids, np.int32), np.array([[start, len(ids)]], np.int32))]
 
-    row = Variants(":1", 0, (), encoded([5, 6, 7, 8], 2), [encoded([9, 6, 7, 8, 9], 2)], encoded([6, 7, 8], 1), False)
+    row = Variants(
+        Conversation([], None, ":1"),
+        0,
+        (),
+        encoded([5, 6, 7, 8], 2),
+        [encoded([9, 6, 7, 8, 9], 2)],
+        encoded([6, 7, 8], 1),
+        False,
+    )
     assert not row.same_answer
     assert row.tokens == 2
     measured = system_gain(tiny, [row])

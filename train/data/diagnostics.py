@@ -24,7 +24,7 @@ _FORMAT_ERRORS = {"missing column", "wrong type", "unknown role", "empty content
 class DroppedRows:
     """Rows that are not trained, or not in full, for one reason; `examples` are the first three.
 
-    `outcome`: refused (the run won't start), skipped, dropped or truncated.
+    `outcome`: refused (the run won't start), skipped, left out (by `min_gain`), dropped or truncated.
     """
 
     outcome: str
@@ -37,6 +37,10 @@ def find_dropped_rows(data: PreparedData, section: DataSection) -> list[DroppedR
     """Return every group of rows that are not trained in full, the largest first."""
     outcome = "refused" if section.on_bad_row == "error" else "skipped"
     groups = [DroppedRows(outcome, kind, rows.count, rows.examples) for kind, rows in data.errors.items()]
+    for gain_filter in data.gain_filters:
+        rows, reason = gain_filter.left_out, f"left out of {gain_filter.rows:,} by {gain_filter.key}"
+        if rows.count:
+            groups.append(DroppedRows("left out", reason, rows.count, rows.examples))
     for name, stats in data.stats.items():
         for outcome, rows in stats.overlong.items():
             reason = f"{name}, over {section.max_length:,} tokens"
@@ -75,6 +79,14 @@ def _describe_unread(text: UnreadText) -> str:
 def find_data_warnings(data: PreparedData) -> list[str]:
     """Return what the user should know of the data, though it doesn't stop the run."""
     warnings = [*data.unused_ignores]
+    for gain_filter in data.gain_filters:
+        if not gain_filter.left_out.count:
+            warnings.append(f"{gain_filter.key} leaves out none of {format_count(gain_filter.rows, 'row')}")
+        if gain_filter.unmeasured:
+            warnings.append(
+                f"{gain_filter.key}: {gain_filter.unmeasured:,} of {format_count(gain_filter.rows, 'row')} are not in "
+                f"{gain_filter.file} and stay"
+            )
     if data.skipped_files:
         warnings.append(
             f"{format_count(len(data.skipped_files), 'file', 'was', 'were')} skipped (the name begins with _ or has no "

@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from train.data.cache import Entry
 from train.data.diagnostics import find_data_error, no_usable_row
+from train.data.min_gain import apply_min_gain
 from train.data.prepared_data import CachedSource, PreparedData, Split, UnreadText
 from train.data.sources.mixture import apply_weight, hold_out
 from train.data.sources.source import BadRow, BadRows, OpenSource
@@ -59,7 +60,11 @@ def examine(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> PreparedData:
 
     first_rows = np.flatnonzero(np.diff(table.conversations, prepend=-1))  # of each conversation
     borders = np.searchsorted(first_rows, table.source_ends)
-    by_source = [np.arange(start, end) for start, end in pairwise(borders)]
+    filtered = [
+        apply_min_gain(key, source, np.arange(start, end), table, first_rows)
+        for (key, source), (start, end) in zip(sources, pairwise(borders), strict=True)
+    ]
+    by_source = [kept for kept, _ in filtered]
     training, held_out = by_source[: len(section.sources)], by_source[len(section.sources) :]
     if isinstance(section.validation, float):
         questions = [table.questions[first_rows[conversations]] for conversations in training]
@@ -110,6 +115,7 @@ def examine(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> PreparedData:
         unread=unread,
         misspelled_ignores=misspelled,
         unused_ignores=unused,
+        gain_filters=[gain_filter for _, gain_filter in filtered if gain_filter],
     )
 
 

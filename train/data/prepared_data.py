@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from train.data.dataset import PackedDataset
+from train.data.min_gain import GainFilter
 from train.data.sources.source import BadRow, BadRows
 from train.data.stats import Overlap, Repeats
 
@@ -115,6 +116,7 @@ class PreparedData:
     - `unread`: columns and message keys that no format reads.
     - `misspelled_ignores`: sentences about names in `ignore` that no row has, while a row has a similar one.
     - `unused_ignores`: sentences about names in `ignore` that no row has, nor a similar one.
+    - `gain_filters`: the effect of `min_gain` of each source that has it.
     """
 
     train: Split
@@ -128,6 +130,7 @@ class PreparedData:
     unread: Sequence[UnreadText] = ()
     misspelled_ignores: Sequence[str] = ()
     unused_ignores: Sequence[str] = ()
+    gain_filters: Sequence[GainFilter] = ()
 
     @property
     def stats(self) -> dict[str, SplitStats]:

@@ -5,19 +5,21 @@ r"""System gain: how much likelier a reference answer is under its own system me
         --before outputs/smollm2-135m-instruct \
         --model outputs/smollm2-135m-quickstart
 
-With 95 % intervals; train/system_gain/metric.py states the limits of the figure. Writes gain.json, gain.png and a
-section of report.md. Scores are kept in gain_scores.jsonl, so the same command continues a killed run.
+With 95 % intervals; train/system_gain/metric.py states the limits of the figure. Writes gain.json, gain.png,
+gain_rows.jsonl (the figures of each row, which data.sources.N.min_gain of a recipe reads) and a section of report.md.
+Scores are kept in gain_scores.jsonl, so the same command continues a killed run.
 """
 
 import argparse
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from train.cli import non_negative_int, positive_int
 from train.errors import UserError, replace_in_errors
+from train.evaluation.gain_rows import plot_histogram, row_records, rows_section
 from train.evaluation.required_paths import require_model, require_results_folder
 from train.evaluation.results import folder_of
 from train.evaluation.results_dir import Writer, as_json, as_jsonl, exclusive, fingerprint_of, write_results
@@ -35,6 +37,7 @@ if TYPE_CHECKING:
 
 HEADING = "## System gain"
 _MAX_BARS = 30
+_RECORDED_OPTIONS = ("split", "ignore", "template", "system_role", "others", "limit", "seed")
 
 
 def add_to(commands: Any) -> None:
@@ -54,6 +57,13 @@ def add_to(commands: Any) -> None:
         help="rows with answers: any source that a recipe takes",
     )
     parser.add_argument("--split", default="train", help="the split of data that has several (default train)")
+    parser.add_argument(
+        "--ignore",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help="columns and keys of messages to ignore, as `ignore` of a recipe's source",
+    )
     parser.add_argument(
         "--template",
         type=parse_path_or_id,
@@ -76,6 +86,12 @@ def add_to(commands: Any) -> None:
         "--dtype",
         choices=("float32", "bfloat16"),
         help="precision (default float32 on a CPU, bfloat16 on a GPU)",
+    )
+    parser.add_argument(
+        "--rows",
+        action="store_true",
+        help="also show the rows that ignore their message: their number by label, those of the smallest gain, and "
+        "gain_histogram.png",
     )
     parser.add_argument("--batch-tokens", type=positive_int, default=8192, help="tokens at a time (default 8192)")
     parser.add_argument(
@@ -123,7 +139,7 @@ def _measure_all(options: argparse.Namespace, file: Path) -> None:
         "fingerprint": texts,
         "left_out": dict(variants.dropped),
         "options": {
-            **{key: getattr(options, key) for key in ("split", "template", "system_role", "others", "limit", "seed")},
+            **{key: getattr(options, key) for key in _RECORDED_OPTIONS},
             "dtype": dtype,
         },
         "models": {
@@ -138,26 +154,19 @@ def _measure_all(options: argparse.Namespace, file: Path) -> None:
         ]
     rows = f"{file.stem}_rows.jsonl"
     text = f"{HEADING}\n\n{_describe_rows(variants, measured)}\n\n{render_table(measured, change)}"
+    section = f"{text}\n![gain](gain.png)\n"
     files: dict[str, Writer] = {
-        rows: as_jsonl(_row_records(variants, measured)),
+        rows: as_jsonl(row_records(variants.rows, measured)),
         file.name: as_json(record),
         "gain.png": partial(plot_gain, measured),
     }
-    heading = "" if options.json else HEADING
-    write_results(file.parent, files, heading=heading, section=f"{text}\n![gain](gain.png)\n")
+    if options.rows:
+        files["gain_histogram.png"] = partial(plot_histogram, measured)
+        listed = rows_section(variants.rows, measured)
+        text, section = f"{text}\n{listed}", f"{section}\n{listed}\n![histogram](gain_histogram.png)\n"
+    write_results(file.parent, files, heading="" if options.json else HEADING, section=section)
     print(text)
     print(f"figures: {file}; figures of each row: {file.with_name(rows)}; plot: {file.with_name('gain.png')}")
-
-
-def _row_records(variants: "VariantRows", measured: "dict[str, SystemGain]") -> Iterator[dict[str, Any]]:
-    """Yield a record for each row: its place, the instruction that siblings share, and the measures of each model."""
-    from train.system_gain.metric import MEASURES
-
-    for number, row in enumerate(variants.rows):
-        values = {
-            name: dict(zip(MEASURES, gain.values[number].tolist(), strict=True)) for name, gain in measured.items()
-        }
-        yield {"place": row.place, "instruction": row.instruction, **values}
 
 
 def make_rows(options: argparse.Namespace, models: list[str]) -> "tuple[VariantRows, str]":
@@ -181,7 +190,7 @@ def make_rows(options: argparse.Namespace, models: list[str]) -> "tuple[VariantR
                 "the same rows. Measure each by itself."
             )
     try:
-        sources = [Source(path=path, split=options.split) for path in options.data]
+        sources = [Source(path=path, split=options.split, ignore=tuple(options.ignore)) for path in options.data]
     except ValidationError as error:
         raise UserError(f"--data or --split: {error.errors()[0]['msg']}") from error
     apply_chat_options(tokenizer, options.template, options.system_role)
@@ -190,14 +199,16 @@ def make_rows(options: argparse.Namespace, models: list[str]) -> "tuple[VariantR
     for column in options.group:
         if column not in columns:
             raise UserError(f"--group {column}: no row has text in a column of that name")
-    variants = make_variants(
-        rows,
-        RowTokenizer(tokenizer, "assistant"),
-        others=options.others,
-        limit=options.limit,
-        max_length=min((positions for positions in map(_max_positions, models) if positions), default=None),
-        seed=options.seed,
-    )
+    with progress_bar("tokenizing answers", unit="rows") as tokenizing:
+        variants = make_variants(
+            rows,
+            RowTokenizer(tokenizer, "assistant"),
+            others=options.others,
+            limit=options.limit,
+            max_length=min((positions for positions in map(_max_positions, models) if positions), default=None),
+            seed=options.seed,
+            on_progress=tokenizing.advance,
+        )
     if not variants.rows:
         reasons = "; ".join(f"{count:,}: {kind}" for kind, count in variants.dropped.items()) or "there are none"
         raise UserError(

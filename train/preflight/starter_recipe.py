@@ -17,7 +17,7 @@ from train.data.sources.source import chunks_and_format, open_source
 from train.data.stats import format_percentiles, percentiles
 from train.errors import UserError
 from train.formatting import format_count
-from train.recipe import ChatSection, DataSection, ModelSection, Recipe, Source
+from train.recipe import ChatSection, DataSection, ModelSection, Recipe, Source, TrainingSource
 
 MODEL, DATA = "path/to/model-or-hub-id", "path/to/rows.jsonl"
 """Placeholders of a recipe without --model or --data; the error of `--check` names them."""
@@ -106,7 +106,7 @@ def _tokenized_facts(facts: DataFacts, model: str, data: str) -> DataFacts:
         recipe = Recipe(
             model=ModelSection(name_or_path=model),
             chat=ChatSection.model_validate(chat),
-            data=DataSection(sources=(Source(path=data),), max_length=2**30, on_bad_row="skip", packing=False),
+            data=DataSection(sources=(TrainingSource(path=data),), max_length=2**30, on_bad_row="skip", packing=False),
             output_dir="unused",
         )
         try:

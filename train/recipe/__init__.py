@@ -18,6 +18,7 @@ from train.recipe.schema import (
     SystemGainSection,
     Text,
     TrackingSection,
+    TrainingSource,
     WandbSection,
     load_recipe,
 )
@@ -40,6 +41,7 @@ __all__ = [
     "SystemGainSection",
     "Text",
     "TrackingSection",
+    "TrainingSource",
     "WandbSection",
     "load_recipe",
 ]

@@ -196,7 +196,7 @@ def _check_use_kernels(document: Document) -> None:
 
 
 def check_files(document: Document) -> None:
-    """Add an error to `document` for each template and configuration file that doesn't exist or isn't valid."""
+    """Add an error to `document` for each template, file of gains and configuration file that is missing or invalid."""
     template = document.section("chat").get("template")
     names = sorted(path.stem for path in _TEMPLATES.glob("*.jinja"))
     if isinstance(template, str) and template and template not in names:
@@ -209,6 +209,12 @@ def check_files(document: Document) -> None:
                 document.add_error(("chat", "template"), message)
         elif not Path(template).is_file():
             document.add_error(("chat", "template"), _no_file(template, f" Allowed: {allowed}."))
+    for section in ("sources", "validation"):
+        sources = document.section("data").get(section)
+        for number, source in enumerate(sources if isinstance(sources, list) else ()):
+            gains = source.get("min_gain") if isinstance(source, dict) else None
+            if isinstance(gains, str) and not Path(gains).is_file():
+                document.add_error(("data", section, number, "min_gain"), _no_file(gains))
     for key in CONFIG_FILES:
         file = document.section("training").get(key)
         if not isinstance(file, str) or file.startswith("{") or not (file.endswith(".json") or "/" in file):

@@ -150,14 +150,26 @@ class Source(Section):
 Sources = Annotated[tuple[Source, ...], Field(strict=False, min_length=1)]
 
 
+class TrainingSource(Source):
+    """A source of training or validation rows."""
+
+    min_gain: PathText | None = None
+    """File gain_rows.jsonl that `scripts/evaluate.py gain` wrote of these rows: those with a gain of 0 or less, whose
+    answer is no likelier under its own system message than under others, are left out. Rows that the file does not
+    have stay. null = all rows stay."""
+
+
+TrainingSources = Annotated[tuple[TrainingSource, ...], Field(strict=False, min_length=1)]
+
+
 class DataSection(Section):
     """Training and validation rows, their truncation and packing."""
 
-    sources: Sources
+    sources: TrainingSources
     """Sources of the rows; at least one."""
     validation: (
         Annotated[
-            Annotated[float, Field(gt=0, lt=1), Tag("<single>")] | Annotated[Sources, Tag("<list>")],
+            Annotated[float, Field(gt=0, lt=1), Tag("<single>")] | Annotated[TrainingSources, Tag("<list>")],
             Discriminator(_branch),
         ]
         | None

@@ -9,7 +9,7 @@ apart from white space at their ends.
 import json
 import random
 from collections import Counter, defaultdict
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -48,13 +48,18 @@ class Variants:
     - `siblings`: whether `others` are the messages of siblings.
     """
 
-    place: str
+    conversation: Conversation
     instruction: int
     labels: tuple[Label, ...]
     own: list[EncodedRow]
     others: list[list[EncodedRow]]
     none: list[EncodedRow]
     siblings: bool
+
+    @property
+    def place(self) -> str:
+        """The place of the row: its file and line or row number."""
+        return self.conversation.place
 
     @property
     def all(self) -> list[list[EncodedRow]]:
@@ -170,18 +175,20 @@ def make_variants(
     limit: int | None = None,
     max_length: int | None = None,
     seed: int = 0,
+    on_progress: Callable[[int], None] | None = None,
 ) -> VariantRows:
     """Make the variants of each row: under its own system message, up to `others` others, and none.
 
     - `limit`: maximum number of rows, drawn by the seed; their other messages come from all rows;
-    - `max_length`: rows with more tokens under any of their messages are dropped.
+    - `max_length`: rows with more tokens under any of their messages are dropped;
+    - `on_progress`: is called with the number of rows tokenized.
 
     Rows are dropped, and counted, if they have no system message, can't be tokenized as for training, or if there is no
     other message.
     """
     variants = VariantRows([])
     selected = select_rows(rows, variants, others=others, limit=limit, seed=seed)
-    encode_variants(selected, tokenizer, variants, max_length=max_length)
+    encode_variants(selected, tokenizer, variants, max_length=max_length, on_progress=on_progress)
     return variants
 
 
@@ -228,11 +235,19 @@ def select_rows(
 
 
 def encode_variants(
-    selected: Sequence[SelectedRow], tokenizer: RowTokenizer, variants: VariantRows, *, max_length: int | None = None
+    selected: Sequence[SelectedRow],
+    tokenizer: RowTokenizer,
+    variants: VariantRows,
+    *,
+    max_length: int | None = None,
+    on_progress: Callable[[int], None] | None = None,
 ) -> None:
     """Tokenize the rows and add them to `variants`, which counts the dropped ones."""
     for start in range(0, len(selected), _CHUNK):
-        _encode_chunk(selected[start : start + _CHUNK], tokenizer, max_length, variants)
+        chunk = selected[start : start + _CHUNK]
+        _encode_chunk(chunk, tokenizer, max_length, variants)
+        if on_progress:
+            on_progress(len(chunk))
 
 
 def split_system_message(messages: list[Message]) -> tuple[str, list[Message]]:
@@ -277,5 +292,13 @@ def _encode_chunk(
             continue
         own_pieces, *others, none = results
         variants.rows.append(
-            Variants(place, selected.instruction, selected.row.labels, own_pieces, others, none, selected.siblings)
+            Variants(
+                selected.row.conversation,
+                selected.instruction,
+                selected.row.labels,
+                own_pieces,
+                others,
+                none,
+                selected.siblings,
+            )
         )

@@ -12,6 +12,7 @@ import pyarrow
 import pyarrow.json
 import pyarrow.parquet
 import pytest
+import xxhash
 import yaml
 
 from train.data.chat import template as chat_template
@@ -180,14 +181,31 @@ def test_a_policy_or_a_template_that_changes_tokens_is_refused(resumed: Callable
     resumed("data.validation=0.25", anyway=("data.validation",))  # which rows and how they are packed follows
 
 
+def test_rows_that_min_gain_leaves_out_are_other_rows(resumed: Callable[..., None], tmp_path: Path) -> None:
+    """The file itself may change as long as it leaves out the same rows."""
+
+    def gains(*of_rows: float) -> str:
+        texts = ["\0".join(text for turn in row["messages"] for text in turn.values()) for row in ROWS]
+        digests = [xxhash.xxh3_128(text.encode()).hexdigest() for text in texts]
+        pairs = zip(digests, of_rows, strict=True)
+        write(tmp_path / "gains.jsonl", [{"conversation": digest, "m": {"gain": gain}} for digest, gain in pairs])
+        return f"data.sources.0.min_gain={tmp_path / 'gains.jsonl'}"
+
+    resumed(gains(*[0.5] * 8))
+    resumed(gains(*range(1, 9)))
+    with pytest.raises(UserError, match=r"made\.rows was .* and is .* \(the rows of training and validation"):
+        resumed(gains(0.0, *[0.5] * 7))
+
+
 def test_a_checkpoint_of_an_earlier_version_is_compared_by_the_keys_that_it_has(
     resumed: Callable[..., None], finished: Path, tmp_path: Path
 ) -> None:
-    """It had names of caches in place of tokens, and no rows."""
+    """It had names of caches in place of tokens, no rows, and no `min_gain` in its sources."""
     shutil.copytree(finished / "run" / "checkpoint-2", tmp_path / "run" / "checkpoint-2")
     manifest = dict(read_checkpoint(finished / "run" / "checkpoint-2").manifest)
     run = {key: value for key, value in manifest["run"].items() if key not in ("made.rows", "made.date")}
-    manifest["run"] = {**run, "made.tokens": ["0123456789abcdef"]}
+    sources = [{name: value for name, value in source.items() if name != "min_gain"} for source in run["data.sources"]]
+    manifest["run"] = {**run, "made.tokens": ["0123456789abcdef"], "data.sources": sources}
     del manifest["sequences_per_epoch"]
     (tmp_path / "run" / "checkpoint-2" / COMPLETE).write_text(format_manifest(manifest), encoding="utf-8")
     resumed(run=tmp_path / "run")

@@ -101,6 +101,26 @@ def test_validation_lists_and_saved_data_sets_are_compared(finish: Callable[...,
     assert "saved" in str(why())
 
 
+def test_files_of_gains_are_compared(finish: Callable[..., Why], tmp_path: Path) -> None:
+    """By their contents. A record of an earlier version has no such key."""
+    rows(tmp_path / "a.jsonl")
+    rows(tmp_path / "b.jsonl")
+    file = rows(tmp_path / "gains.jsonl")
+    why = finish(data={"sources": [{"path": "a.jsonl", "min_gain": "gains.jsonl"}, {"path": "b.jsonl"}]})
+    shutil.copy(file, tmp_path / "copy.jsonl")
+    assert why("data.sources.0.min_gain=copy.jsonl") is None
+    assert "data.sources was " in str(why("data.sources.0.min_gain=null", "data.sources.1.min_gain=gains.jsonl"))
+    rows(file, "cloud")
+    assert str(why()).endswith(f"but {Path('gains.jsonl')} has changed since.")
+
+    why = finish(**sources("a.jsonl"))
+    outcome = tmp_path / "run" / OUTCOME
+    record = json.loads(outcome.read_text(encoding="utf-8"))
+    del record["run"]["data.sources"][0]["min_gain"], record["contents"]["data.sources"][0]["content"]["min_gain"]
+    outcome.write_text(json.dumps(record), encoding="utf-8")
+    assert why() is None
+
+
 @pytest.mark.parametrize("path", ["./dd", "dd/", "{here}/dd", "copy", "dd/*.jsonl", "dd/train.jsonl"])
 def test_the_same_rows_under_another_path_are_no_change(path: str, finish: Callable[..., Why], tmp_path: Path) -> None:
     rows(tmp_path / "dd" / "train.jsonl")

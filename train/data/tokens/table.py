@@ -115,17 +115,23 @@ def _lists(values: Sequence[NDArray[np.int32]]) -> pyarrow.ListArray:
     return pyarrow.ListArray.from_arrays(ends, np.concatenate([np.empty(0, np.int32), *values]))
 
 
-def _digests(conversation: Conversation) -> tuple[bytes, bytes, list[bytes]]:
-    """Return digests of a conversation, of its first user message (white space aside), and of its system messages."""
+def digest_conversation(conversation: Conversation) -> bytes:
+    """Return a digest of the messages, tools and template variables of a conversation: 16 bytes."""
     messages = conversation.messages
-    first = next((message for message in messages if message["role"] == "user"), messages[0])
     extras = [part for part in (conversation.tools, conversation.template_kwargs) if part is not None]
     if not extras and all(message.keys() == _PLAIN_KEYS for message in messages):
         text = "\0".join([text for message in messages for text in (message["role"], message["content"])])
     else:
         text = json.dumps([messages, *extras], ensure_ascii=False, sort_keys=True, default=str)
+    return _digest(text)
+
+
+def _digests(conversation: Conversation) -> tuple[bytes, bytes, list[bytes]]:
+    """Return digests of a conversation, of its first user message (white space aside), and of its system messages."""
+    messages = conversation.messages
+    first = next((message for message in messages if message["role"] == "user"), messages[0])
     return (
-        _digest(text),
+        digest_conversation(conversation),
         _digest(" ".join(first["content"].split())),
         [_digest(message["content"]) for message in messages if message["role"] == "system"],
     )

@@ -124,6 +124,8 @@ def _weights(fingerprint: Mapping[str, Any]) -> list[Any]:
 
 def _comparable(fingerprint: Mapping[str, Any], key: str) -> Any:
     value = get_value(fingerprint, key)
+    if key in DATA_KEYS and isinstance(value, list):  # an earlier version lacks keys that are null by default
+        return [source and {name: item for name, item in source.items() if item is not None} for source in value]
     if key in _UNORDERED and isinstance(value, list):
         return sorted(value)
     return [{**part, "source": None} for part in value] if key == "made.tokens" else value

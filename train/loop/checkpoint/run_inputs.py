@@ -18,12 +18,14 @@ from train.data.sources.source import open_source
 from train.errors import UserError
 from train.loop.checkpoint.manifest import describe_file
 from train.model.folder import INDEX, WEIGHTS
-from train.recipe import Recipe, Source
+from train.recipe import Recipe, TrainingSource
 from train.recipe.sft_config import CONFIG_FILES
 from train.storage.local_paths import looks_like_hub_id
 
 BASE_MODEL = "files of model.name_or_path"
 """Key of their contents, which no recipe has."""
+_GAINS = "files of min_gain"
+"""Key of their contents, in the order of the sources that have one."""
 _BESIDE_WEIGHTS = (
     *("config.json", "*_config.json", "*token*", "vocab*", "merges.txt", "*.model", "*.tiktoken", "tekken.json"),
     *("chat_template*", "additional_chat_templates/*.jinja"),
@@ -44,6 +46,9 @@ def describe_contents(recipe: Recipe) -> Contents:
         for key, sources in sections.items()
         if isinstance(sources, list | tuple)
     }
+    sources = [source for part in sections.values() if isinstance(part, tuple) for source in part]
+    if gains := [source.min_gain for source in sources if source.min_gain]:
+        contents[_GAINS] = [{"file": file, "content": describe_file(Path(file))} for file in gains]
     files = {f"training.{name}": recipe.training.get(name) for name in CONFIG_FILES}
     if str(recipe.chat.template).endswith(".jinja"):
         files["chat.template"] = recipe.chat.template
@@ -102,9 +107,11 @@ def describe_by_samples(path: Path) -> dict[str, Any] | None:
     return {"bytes": size, "samples": digest.hexdigest()}
 
 
-def _describe_rows(source: Source, allow_pickle: bool) -> dict[str, Any] | None:
+def _describe_rows(source: TrainingSource, allow_pickle: bool) -> dict[str, Any] | None:
     """Return a source's settings with a checksum of its rows in place of its path. A hub's source keeps its id."""
     settings = source.model_dump(mode="json")
+    if source.min_gain:
+        settings["min_gain"] = "one of " + _GAINS
     if not (Path(source.path).exists() or glob.has_magic(source.path)) and looks_like_hub_id(source.path):
         return settings
     try:

@@ -7,7 +7,7 @@ from typing import Any
 from train.formatting import duration, shorten
 from train.loop.run_outcome import read_restarts
 from train.loop.source_report import format_loss, label_section, list_sources, read_gain_groups, source_section
-from train.reporting.plots import plot_metric, step_plot
+from train.reporting.plots import escape_math, plot_metric, step_plot
 from train.resampling import MIN_GROUPS
 from train.storage.atomic_write import write_text
 from train.storage.jsonl import read_json_lines
@@ -23,7 +23,7 @@ def plot_loss(metrics: list[dict[str, Any]], path: Path) -> None:
         plot_metric(axes, metrics, "eval_loss", "validation", markers=True)
         sources = list_sources(metrics)
         for source in sources if len(sources) <= _MAX_PLOTTED_SOURCES else ():
-            plot_metric(axes, metrics, f"loss/{source}", shorten(source, 40), width=0.7)
+            plot_metric(axes, metrics, f"loss/{source}", escape_math(shorten(source, 40)), width=0.7)
 
 
 def plot_system_gain(metrics: list[dict[str, Any]], path: Path) -> None:

@@ -18,6 +18,7 @@ from train.data.diagnostics import find_data_error, no_usable_row
 from train.data.min_gain import apply_min_gain
 from train.data.prepared_data import CachedSource, PreparedData, Split, UnreadText
 from train.data.sources.mixture import apply_weight, hold_out
+from train.data.sources.names import name_sources
 from train.data.sources.source import BadRow, BadRows, OpenSource
 from train.data.splits import build_split
 from train.data.stats import Overlap, Repeats, find_shared
@@ -52,7 +53,11 @@ def examine(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> PreparedData:
     sources = [(f"data.sources.{number}", source) for number, source in enumerate(section.sources)]
     sources += [(f"data.validation.{number}", source) for number, source in enumerate(validation)]
     tokenized = [tokenize_source(key, source, recipe, tokenizer) for key, source in sources]
-    table = TokenTable([entry.folder / ROWS for entry, _ in tokenized], [opened.files for _, opened in tokenized])
+    table = TokenTable(
+        [entry.folder / ROWS for entry, _ in tokenized],
+        [opened.files for _, opened in tokenized],
+        [*name_sources(section.sources), *name_sources(validation)],
+    )
     errors = _collect_errors(tokenized)
     for (key, source), size in zip(sources, np.diff(table.source_ends), strict=True):
         if not size:

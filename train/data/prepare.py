@@ -1,7 +1,7 @@
 """Sources -> tokens on disk -> splits: the data of a run, and the report of every row that is not trained.
 
-Tokens are made once and cached (`train.data.tokens.source`). Which rows are trained, how often, truncated to which
-length and packed into which sequences is computed at each start, from row numbers alone.
+Tokens are made once and cached (`train.data.tokens.source`). Which rows are trained, how often, with which weight of
+their source, truncated to which length and packed into which sequences is computed at each start.
 """
 
 import difflib
@@ -35,7 +35,7 @@ def prepare(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> PreparedData:
     Raises UserError if a row can't be trained and the recipe doesn't say to skip it: one error for all rows.
     """
     data = examine(recipe, tokenizer)
-    error = find_data_error(data, recipe.data)
+    error = find_data_error(data, recipe)
     if error:
         raise UserError(error)
     return data
@@ -51,7 +51,11 @@ def examine(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> PreparedData:
     sources = [(f"data.sources.{number}", source) for number, source in enumerate(section.sources)]
     sources += [(f"data.validation.{number}", source) for number, source in enumerate(validation)]
     tokenized = [tokenize_source(key, source, recipe, tokenizer) for key, source in sources]
-    table = TokenTable([entry.folder / ROWS for entry, _ in tokenized], [opened.files for _, opened in tokenized])
+    table = TokenTable(
+        [entry.folder / ROWS for entry, _ in tokenized],
+        [opened.files for _, opened in tokenized],
+        [source.loss_weight for _, source in sources],
+    )
     errors = _collect_errors(tokenized)
     for (key, source), size in zip(sources, np.diff(table.source_ends), strict=True):
         if not size:

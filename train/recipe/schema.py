@@ -6,13 +6,13 @@ Nothing heavy is imported here: all errors in a recipe are reported at once, wit
 """
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, PrivateAttr, Tag
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, PrivateAttr, Tag, model_serializer
 
 from train.recipe.sft_config import training_fields
 from train.recipe.validation import validate_recipe
@@ -138,6 +138,9 @@ class Source(Section):
     """Branch, tag or commit on the hub; null = its main branch."""
     weight: float = Field(default=1.0, gt=0)
     """Repetitions of the rows per epoch: 1.0 = once, 0.5 = a random half of the rows (by `seed`), 2.0 = twice."""
+    loss_weight: float = Field(default=1.0, gt=0, le=1_000_000)
+    """Factor of the losses of the source's trained tokens, times the `loss_weight` of a row and of a message where they
+    have one. The loss is the weighted mean over the tokens of a step; rows are seen as often as before."""
     format: Literal[
         "auto", "messages", "sharegpt", "alpaca", "janus", "prompt_completion", "question_answer", "exchanges"
     ] = "auto"
@@ -145,6 +148,11 @@ class Source(Section):
     ignore: Annotated[tuple[Text, ...], Field(strict=False)] = ()
     """Columns (`rationale`) and keys of messages (`messages[].note`) to ignore. Without it, content that nothing reads
     is an error."""
+
+    @model_serializer(mode="wrap")
+    def _leave_out_default(self, serialize: Callable[["Source"], dict[str, Any]]) -> dict[str, Any]:
+        """Return the fields, loss_weight only if it isn't 1: records of runs from before it was there stay equal."""
+        return {name: value for name, value in serialize(self).items() if (name, value) != ("loss_weight", 1.0)}
 
 
 Sources = Annotated[tuple[Source, ...], Field(strict=False, min_length=1)]

@@ -117,9 +117,12 @@ def format_change(before: Mapping[str, Any], now: Mapping[str, Any], key: str) -
 
 
 def _weights(fingerprint: Mapping[str, Any]) -> list[Any]:
-    """Return the weight of each source, and the validation share."""
+    """Return the weights of each source, and the validation share."""
     sections = (fingerprint.get(key) for key in sorted(DATA_KEYS))
-    return [[source["weight"] for source in part] if isinstance(part, list) else part for part in sections]
+    return [
+        [(source["weight"], source.get("loss_weight", 1.0)) for source in part] if isinstance(part, list) else part
+        for part in sections
+    ]
 
 
 def _comparable(fingerprint: Mapping[str, Any], key: str) -> Any:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow
 import pytest
 
 from train.data import cache
@@ -15,7 +16,7 @@ from train.data.prepare import examine, prepare
 from train.data.prepared_data import PreparedData
 from train.data.sources.formats import RowError, convert, read_row
 from train.data.sources.loss_weights import weight_of
-from train.data.tokens.table import TokensDigest, TokenTable, make_batch, write_table
+from train.data.tokens.table import SCHEMA, TokensDigest, TokenTable, make_batch, write_table
 from train.errors import UserError
 from train.model.tokenizer import load_chat_tokenizer, load_tokenizer
 from train.preflight.page import page
@@ -74,7 +75,7 @@ def test_the_weights_of_a_row_and_its_messages_are_multiplied() -> None:
 
 WRONG = {
     "a negative weight": ({"weight": -0.5}, {}, "wrong type", "`weight` of message 2 is the number -0.5"),
-    "NaN": ({"loss_weight": float("nan")}, {}, "wrong type", "it must be a number from 0 to 1,000,000"),
+    "NaN": ({"loss_weight": float("nan")}, {}, "wrong type", "it must be 0, or a number from 0.000001 to 1,000,000"),
     "infinity": ({"loss_scale": float("inf")}, {}, "wrong type", "`loss_scale`"),
     "a text": ({"weight": "0.5"}, {}, "wrong type", 'the text "0.5"'),
     "a half switch": ({"train": 0.5}, {}, "wrong type", "it must be true or false"),
@@ -82,7 +83,8 @@ WRONG = {
     "a weight that is off": ({"weight": 0.5, "masked": True}, {}, "conflicting values", "`weight` and `masked`"),
     "a negative row": ({}, {"loss_weight": -1}, "wrong type", "the row's `loss_weight` is the number -1"),
     "a row of text": ({}, {"loss_weight": "high"}, "wrong type", "the row's `loss_weight`"),
-    "a row of NaN": ({}, {"loss_weight": float("nan")}, "wrong type", "a number from 0"),
+    "a row of NaN": ({}, {"loss_weight": float("nan")}, "wrong type", "0, or a number"),
+    "next to nothing": ({"weight": 1e-9}, {}, "wrong type", "1e-09"),
     "a row of 0": ({}, {"loss_weight": 0}, "no assistant turn", "Leave the row out"),
     "answers of 0": ({"weight": 0.0}, {"loss_weight": 2}, "no assistant turn", "each has a loss switch"),
 }
@@ -175,7 +177,10 @@ def test_a_table_keeps_weights_beside_its_rows(chatml_tokenizer: Any, tmp_path: 
         "weighted.arrow",
         "weighted.loss_weights",
     ]
-    assert (tmp_path / "plain.arrow").read_bytes() == (tmp_path / "weighted.arrow").read_bytes()
+    with pyarrow.OSFile(str(tmp_path / "bare.arrow"), "wb") as sink, pyarrow.ipc.new_stream(sink, SCHEMA) as stream:
+        for start, end in ((0, 2), (2, 3), (3, 5)):
+            stream.write_batch(make_batch(0, plain[start:end]))
+    assert (tmp_path / "plain.arrow").read_bytes() == (tmp_path / "bare.arrow").read_bytes()
 
     files = [tmp_path / "weighted.arrow", tmp_path / "plain.arrow", tmp_path / "weighted.arrow"]
     table = TokenTable(files, [[""]] * 3, [1, 2, 0.5])
@@ -200,7 +205,7 @@ def test_a_table_keeps_weights_beside_its_rows(chatml_tokenizer: Any, tmp_path: 
 @pytest.fixture
 def examined(recipe_file: Callable[..., Path], tmp_path: Path) -> Callable[..., PreparedData]:
     def run(**data: Any) -> PreparedData:
-        recipe = load_recipe(recipe_file(data={"cache_dir": str(tmp_path / "cache"), "max_length": 64, **data}))
+        recipe = load_recipe(recipe_file(data={"cache_dir": str(tmp_path / "cache"), "max_length": 256, **data}))
         tokenizer = load_tokenizer(recipe.model)
         use_template(tokenizer, recipe.chat.template)
         return prepare(recipe, tokenizer)

@@ -97,7 +97,7 @@ def make_token_weights(
 def find_runs(values: NDArray[Any]) -> NDArray[np.int32]:
     """Return the runs of equal values, except of 0 or false: int32 [runs, 2], start and end (exclusive)."""
     starts = np.flatnonzero(np.concatenate([[len(values) > 0], values[1:] != values[:-1]]))
-    runs = np.stack([starts, np.append(starts[1:], len(values))], axis=1).astype(np.int32)
+    runs = np.stack([starts, np.append(starts, len(values))[1:]], axis=1).astype(np.int32)
     return runs[values[starts] != 0]
 
 
@@ -209,7 +209,7 @@ class Encoder:
         offsets = np.asarray(encoding.offsets, dtype=np.int64).reshape(-1, 2)
         starts, ends = offsets[:, 0], offsets[:, 1]
         weights = np.zeros(len(ids), np.float32)
-        for (start, end), weight in zip_longest(rendering.spans, rendering.weights, fillvalue=1.0):
+        for number, (start, end) in enumerate(rendering.spans):
             if ((starts < start) & (start < ends)).any():
                 return None
             over_the_end = (starts < end) & (end < ends)
@@ -218,7 +218,7 @@ class Encoder:
             inside = (starts >= start) & (ends <= end) | over_the_end & (starts >= start)
             if not inside.any():
                 raise RowError("nothing to train", "no token of an answer")
-            weights[inside] = weight
+            weights[inside] = rendering.weights[number] if rendering.weights else 1
         return weights
 
     def _label_in_parts(self, rendering: Rendering) -> EncodedRow:

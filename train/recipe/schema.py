@@ -138,7 +138,7 @@ class Source(Section):
     """Branch, tag or commit on the hub; null = its main branch."""
     weight: float = Field(default=1.0, gt=0)
     """Repetitions of the rows per epoch: 1.0 = once, 0.5 = a random half of the rows (by `seed`), 2.0 = twice."""
-    loss_weight: float = Field(default=1.0, gt=0, le=1_000_000)
+    loss_weight: float = Field(default=1.0, ge=0.000_001, le=1_000_000)
     """Factor of the losses of the source's trained tokens, times the `loss_weight` of a row and of a message where they
     have one. The loss is the weighted mean over the tokens of a step; rows are seen as often as before."""
     format: Literal[

@@ -14,8 +14,8 @@ from train.data.sources.row_errors import RowError, is_blank, preview
 
 LOSS_WEIGHT = "loss_weight"
 """Column of a row; and key of a message as templates take it, where the weight is not 1."""
-LARGEST = 1_000_000
-"""The largest weight: products of a message's, its row's and its source's are exact enough in float32."""
+SMALLEST, LARGEST = 0.000_001, 1_000_000
+"""Limits of a weight that isn't 0: the product of a message's, its row's and its source's fits into float32."""
 
 _WEIGHTS = ("weight", "loss_weight", "loss_scale")
 _SWITCHES = ("train", "training", "loss", "trainable", "masked")
@@ -78,7 +78,8 @@ def apply_row_weight(value: Any, answers: list[dict[str, Any]]) -> None:
 
 def _check_weight(value: Any, where: str, *, is_switch: bool = False) -> float:
     """Return a loss weight, or 0 or 1 for a switch. Raises RowError."""
-    if not isinstance(value, bool | int | float) or not (value in (0, 1) or (not is_switch and 0 <= value <= LARGEST)):
-        expected = "true or false" if is_switch else f"a number from 0 to {LARGEST:,}"
+    is_number = isinstance(value, bool | int | float)
+    if not is_number or not (value in (0, 1) or (not is_switch and SMALLEST <= value <= LARGEST)):
+        expected = "true or false" if is_switch else f"0, or a number from {SMALLEST:f} to {LARGEST:,}"
         raise RowError("wrong type", f"{where} is {preview(value)}; it must be {expected}")
     return float(value)

@@ -310,7 +310,7 @@ def write_table(path: Path, batches: Iterable[pyarrow.RecordBatch]) -> None:
 def _read_weights(table: Path, spans: Sequence[int], factor: float) -> Iterator[NDArray[np.float32]]:
     """Yield the loss weights of a table times `factor`, for each of its batches. `spans`: their trained spans."""
     path, ends = table.with_suffix(_WEIGHTS_FILE), np.cumsum([0, *spans])
-    weights: NDArray[np.float32] = np.broadcast_to(np.float32(factor), ends[-1:])
+    weights: NDArray[np.float32] = np.broadcast_to(np.float32(factor), (int(ends[-1]),))
     if path.exists():
         weights = np.memmap(path, "<f4", "r")
         weights = weights if factor == 1 else weights * np.float32(factor)

@@ -121,7 +121,9 @@ def finetune(recipe: Recipe, checkpoint: Checkpoint | None = None, resume_anyway
                     _print(f"the model is in {recipe.output_dir}; evaluating it")
                     trainer.evaluate()
             if is_first_rank():
-                reported = write_report(output_dir, screen, time.monotonic() - started)
+                reported = write_report(
+                    output_dir, screen, time.monotonic() - started, data.train.dataset.rows_by_source
+                )
                 _print(f"the model {'and report.md are' if reported else 'is'} in {recipe.output_dir}")
 
 

@@ -36,7 +36,8 @@ KINDS = [
 
 @pytest.fixture(scope="module")
 def recipe_of(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Callable[..., Path]:
-    rows = write_rows(tmp_path_factory.mktemp("rows") / "rows.jsonl", 48, seed=23)
+    folder_of_rows = tmp_path_factory.mktemp("rows")
+    rows = [write_rows(folder_of_rows / f"{count}.jsonl", count, seed=count) for count in (32, 16)]
 
     def write(folder: Path, kind: Kind, **training: Any) -> Path:
         settings = {
@@ -49,11 +50,11 @@ def recipe_of(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Cal
             "save_total_limit": 2,
             **training,
         }
-        data = {"validation": 0.2, "repack": True}
+        data = {"sources": [{"path": str(path)} for path in rows], "validation": 0.2, "repack": True}
         # with an adapter: random numbers in the middle of a run; of two layers, as each has hooks under ZeRO-3
         adapter = {"r": 4, "lora_dropout": 0.1, "target_modules": ["q_proj", "v_proj"]} if kind.adapter else None
         recipe = folder / "recipe.yaml"
-        return write_recipe(recipe, tiny_model, rows, folder / "run", data=data, training=settings, adapter=adapter)
+        return write_recipe(recipe, tiny_model, rows[0], folder / "run", data=data, training=settings, adapter=adapter)
 
     return write
 

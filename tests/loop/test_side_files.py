@@ -357,7 +357,7 @@ def test_a_run_whose_report_fails_names_the_folder_of_the_model(
         AutoModelForCausalLM.from_pretrained(load_recipe(run / "recipe.yaml").model.name_or_path), run
     )
     assert any(value.abs().max() > 0 for name, value in model.named_parameters() if "lora_B" in name)
-    assert write_report(run, "", 1.0)
+    assert write_report(run, "", 1.0, {})
     assert (run / "loss.png").is_file()
 
 

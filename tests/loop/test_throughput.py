@@ -11,10 +11,14 @@ from accelerate import Accelerator
 from transformers import AutoModelForCausalLM
 
 from train.data.chat.template import use_template
+from train.data.dataset import PackedDataset
+from train.data.packing import plan_packing
 from train.data.prepare import prepare
+from train.data.tokens.table import TokenTable
 from train.loop.arguments import training_arguments
 from train.loop.batch_info import BATCH_INFO, BatchInfo, CountingCollator
 from train.loop.metrics_log import StepLog
+from train.loop.source_figures import SourceFigures
 from train.loop.throughput import TIMING_METRICS, Throughput
 from train.loop.trainer import JanusTrainer
 from train.model.architecture import inspect_architecture
@@ -85,6 +89,12 @@ def ends(item: dict) -> np.ndarray:
     return np.cumsum(item.get("seq_lengths") or [len(item["input_ids"])])[:-1]
 
 
+def no_sources() -> SourceFigures:
+    rows = np.empty(0, np.int64)
+    empty = PackedDataset(TokenTable([], []), rows, 8, lambda epoch: plan_packing(rows, None), packed=False)
+    return SourceFigures(empty, torch.device("cpu"))
+
+
 def test_a_batch_carries_its_contents() -> None:
     """The first token of a document has no loss, whatever its label."""
     examples = [
@@ -101,7 +111,7 @@ def test_mfu_counts_the_trained_documents(recipe_file: Callable[..., Path]) -> N
     """6 FLOPs per weight and token, tied embedding included, and causal attention inside each document."""
     recipe = load_recipe(recipe_file())
     shape = inspect_architecture(recipe, load_config(recipe.model))
-    throughput = Throughput(Accelerator(cpu=True), shape)
+    throughput = Throughput(Accelerator(cpu=True), shape, no_sources())
     throughput._peak = 1e6
     throughput.begin_step()
     throughput.add(BatchInfo((0,), np.array([5, 300]), 100), None)
@@ -140,7 +150,7 @@ class Device:
 @pytest.mark.parametrize("logging_steps", [1, 3])
 def test_a_step_lasts_until_the_device_has_done_its_optimizer_step(logging_steps: int) -> None:
     """6 steps: 0.25 s of waiting for data, 1.0 s of kernels before the host waits, 0.5 s of the optimizer's after it."""
-    throughput, device = Throughput(Accelerator(cpu=True), None), Device()
+    throughput, device = Throughput(Accelerator(cpu=True), None, no_sources()), Device()
     throughput._clock = device
     metrics = []
     for step in range(1, 7):

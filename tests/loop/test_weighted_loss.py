@@ -168,6 +168,28 @@ def test_steps_are_those_of_a_plain_loop(
     assert trainer.evaluate()["eval_loss"] == pytest.approx((total / weight).item(), rel=1e-6)
 
 
+def test_losses_of_sources_are_weighted_means(weighted_recipe: Callable[..., Recipe]) -> None:
+    """In a run that changes no weight, they are those of a plain loop over the rows of each source."""
+    recipe = weighted_recipe(training={"learning_rate": 0.0, "logging_steps": STEPS})
+    trainer = make_trainer(recipe)
+    batches = [batch[BATCH_INFO].sequences for batch in trainer.get_train_dataloader()][:STEPS]
+    dataset, sums = trainer.train_dataset, {"own": np.zeros(3), "other": np.zeros(3)}
+    with torch.no_grad():
+        for sequence in sum(batches, ()):
+            for place, (ids, labels, weights) in zip(
+                dataset.places(sequence), documents(dataset, sequence), strict=True
+            ):
+                logits = trainer.model(input_ids=ids[None], use_cache=False).logits[0, :-1].float()
+                losses = torch.nn.functional.cross_entropy(logits, labels[1:], reduction="none", ignore_index=-100)
+                figures = ((losses * weights[1:]).sum(), weights[1:].sum(), (labels[1:] != -100).sum())
+                sums[Path(place.rpartition(":")[0]).stem] += [float(figure) for figure in figures]
+    trainer.train()
+    (line,) = map(json.loads, (Path(recipe.output_dir) / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
+    for name, (loss, weight, tokens) in sums.items():
+        assert line[f"loss/{name}"] == pytest.approx(loss / weight, rel=1e-6)
+        assert line[f"trained_tokens/{name}"] == tokens
+
+
 def test_weights_matter(weighted_recipe: Callable[..., Recipe]) -> None:
     """The test above can fail: without the weights the losses differ by percents."""
     recipe = weighted_recipe()

@@ -21,6 +21,8 @@ class PackedDataset:
 
     Sequence i of epoch e has the index e * len(self) + i. So the index alone decides what a process reads, whichever
     process it is and whatever it read before.
+
+    `rows_by_source`: name of each source with rows in this data set -> number of rows in an epoch.
     """
 
     def __init__(
@@ -38,6 +40,9 @@ class PackedDataset:
         self.has_loss_weights = bool(table.has_loss_weight[chosen].any())
         self.plan_of = lru_cache(maxsize=2)(plan_of)
         self._count = len(self.plan_of(0))
+        counts = np.bincount(table.source_of(chosen))
+        self._source_numbers = np.flatnonzero(counts)
+        self.rows_by_source = {table.source_names[number]: int(counts[number]) for number in self._source_numbers}
 
     def __len__(self) -> int:
         """Return the number of sequences of an epoch."""
@@ -71,6 +76,11 @@ class PackedDataset:
     def places(self, index: int) -> list[str]:
         """Return the place of each document of a sequence: its file and line or row."""
         return [self._table.place(int(self._chosen[number])) for number in self._documents(index)]
+
+    def sources(self, index: int) -> NDArray[np.int64]:
+        """Return the source of each document of a sequence: its position in `rows_by_source`."""
+        numbers = self._table.source_of(self._chosen[self._documents(index)])
+        return np.searchsorted(self._source_numbers, numbers)
 
     def _documents(self, index: int) -> list[int]:
         if index < 0 or not self._count:

@@ -17,6 +17,7 @@ from train.data.cache import Entry
 from train.data.diagnostics import find_data_error, no_usable_row
 from train.data.prepared_data import CachedSource, PreparedData, Split, UnreadText
 from train.data.sources.mixture import apply_weight, hold_out
+from train.data.sources.names import name_sources
 from train.data.sources.source import BadRow, BadRows, OpenSource
 from train.data.splits import build_split
 from train.data.stats import Overlap, Repeats, find_shared
@@ -55,6 +56,7 @@ def examine(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> PreparedData:
         [entry.folder / ROWS for entry, _ in tokenized],
         [opened.files for _, opened in tokenized],
         [source.loss_weight for _, source in sources],
+        source_names=[*name_sources(section.sources), *name_sources(validation)],
     )
     errors = _collect_errors(tokenized)
     for (key, source), size in zip(sources, np.diff(table.source_ends), strict=True):

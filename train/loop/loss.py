@@ -41,9 +41,9 @@ class LossSums(NamedTuple):
         `weights`: loss weights, of the same shape; None = 1.
         """
         losses = -outputs.log_probs if weights is None else -outputs.log_probs * weights
-        values = (losses, outputs.entropy, outputs.is_top1, outputs.label_mask)
-        sums = [value.detach().sum(dtype=torch.float64) for value in values]
-        return LossSums(*sums, sums[-1] if weights is None else weights.sum(dtype=torch.float64))
+        counted = outputs.label_mask if weights is None else weights
+        values = (losses, outputs.entropy, outputs.is_top1, outputs.label_mask, counted)
+        return LossSums(*(value.detach().sum(dtype=torch.float64) for value in values))
 
     def plus(self, other: "LossSums | None") -> "LossSums":
         """Return the sums of both."""

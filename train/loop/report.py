@@ -6,11 +6,14 @@ from typing import Any
 
 from train.formatting import duration, shorten
 from train.loop.run_outcome import read_restarts
-from train.reporting.plots import plot_metric, step_plot
+from train.loop.source_report import format_loss, label_section, list_sources, read_gain_groups, source_section
+from train.reporting.plots import escape_math, plot_metric, step_plot
 from train.resampling import MIN_GROUPS
 from train.storage.atomic_write import write_text
 from train.storage.jsonl import read_json_lines
 from train.system_gain.evaluator import FILE as GAIN_FILE
+
+_MAX_PLOTTED_SOURCES = 6
 
 
 def plot_loss(metrics: list[dict[str, Any]], path: Path) -> None:
@@ -18,6 +21,9 @@ def plot_loss(metrics: list[dict[str, Any]], path: Path) -> None:
     with step_plot(path, f"Loss of {_run_name(path)}", "loss (nats per trained token)") as axes:
         plot_metric(axes, metrics, "loss", "training")
         plot_metric(axes, metrics, "eval_loss", "validation", markers=True)
+        sources = list_sources(metrics)
+        for source in sources if len(sources) <= _MAX_PLOTTED_SOURCES else ():
+            plot_metric(axes, metrics, f"loss/{source}", escape_math(shorten(source, 40)), width=0.7)
 
 
 def plot_system_gain(metrics: list[dict[str, Any]], path: Path) -> None:
@@ -32,7 +38,7 @@ def _run_name(path: Path) -> str:
     return shorten(path.resolve().parent.name, 60)
 
 
-def write_report(output_dir: Path, screen: str, seconds: float) -> bool:
+def write_report(output_dir: Path, screen: str, seconds: float, rows_by_source: Mapping[str, int]) -> bool:
     """Write report.md and its plots from metrics.jsonl. Return whether report.md was written.
 
     The model is saved by now, so that no error here may end the run.
@@ -41,16 +47,17 @@ def write_report(output_dir: Path, screen: str, seconds: float) -> bool:
         output_dir: folder of the run.
         screen: the start screen.
         seconds: time of training.
+        rows_by_source: training rows of an epoch, by source.
     """
     try:
-        _write_report(output_dir, screen, seconds)
+        _write_report(output_dir, screen, seconds, rows_by_source)
     except Exception as error:  # of disks, fonts and matplotlib's settings
         print(f"warning: {output_dir / 'report.md'} couldn't be written: {error}. The model is complete.", flush=True)
         return False
     return True
 
 
-def _write_report(output_dir: Path, screen: str, seconds: float) -> None:
+def _write_report(output_dir: Path, screen: str, seconds: float, rows_by_source: Mapping[str, int]) -> None:
     metrics = read_json_lines(output_dir / "metrics.jsonl")
     plots = _try_plot(plot_loss, metrics, output_dir / "loss.png")
     losses = [line["loss"] for line in metrics if "loss" in line]
@@ -63,14 +70,13 @@ def _write_report(output_dir: Path, screen: str, seconds: float) -> None:
         listed = ", ".join(f"from step {step} ({ending})" for step, ending in restarts).replace("|", "\\|")
         rows.append(("restarts", f"{len(restarts)}: {listed}"))
     if losses:
-        rows.append(
-            ("training loss, first and last logged", f"{_format_loss(losses[0])} -> {_format_loss(losses[-1])}")
-        )
-    if loaded:
-        rows.append((f"validation loss of the saved model (step {loaded[-1]})", _format_loss(validation[loaded[-1]])))
-    elif validation:
-        rows.append(("validation loss at the end", _format_loss(validation[max(validation)])))
+        rows.append(("training loss, first and last logged", f"{format_loss(losses[0])} -> {format_loss(losses[-1])}"))
+    evaluated = loaded[-1] if loaded else max(validation, default=None)
+    if evaluated is not None:
+        title = f"of the saved model (step {evaluated})" if loaded else "at the end"
+        rows.append((f"validation loss {title}", format_loss(validation[evaluated])))
     gains = _select_comparable(output_dir, {line["step"]: line for line in metrics if "eval_system_gain" in line})
+    groups: list[dict[str, Any]] = []
     if gains:
         first, last = min(gains), loaded[-1] if loaded and loaded[-1] in gains else max(gains)
         name = "system gain in nats per token" + (f", after step {first} and {last}" if first != last else "")
@@ -78,13 +84,19 @@ def _write_report(output_dir: Path, screen: str, seconds: float) -> None:
             name += f" (fewer than {MIN_GROUPS} instructions: no interval)"
         shown = [_format_interval(gains[step], "eval_system_gain") for step in dict.fromkeys((first, last))]
         rows.append((name, " -> ".join(shown)))
+        groups = read_gain_groups(output_dir, last)
         plots += _try_plot(plot_system_gain, list(gains.values()), output_dir / "system_gain.png")
     if speeds:
         rows.append(("median speed", f"{speeds[len(speeds) // 2]:,.0f} tokens/s"))
     table = "\n".join(f"| {name} | {value} |" for name, value in rows)
+    tables = "".join(
+        f"\n\n{section}"
+        for section in (source_section(metrics, evaluated, rows_by_source, groups), label_section(groups))
+        if section
+    )
     write_text(
         output_dir / "report.md",
-        f"# {output_dir.name}\n\n```\n{screen}\n```\n\n| | |\n|---|---|\n{table}{plots}\n",
+        f"# {output_dir.name}\n\n```\n{screen}\n```\n\n| | |\n|---|---|\n{table}{plots}{tables}\n",
     )
 
 
@@ -110,10 +122,5 @@ def _format_interval(metrics: Mapping[str, Any], key: str) -> str:
     low, high = metrics.get(f"{key}_low"), metrics.get(f"{key}_high")
     value = metrics[key]
     if not isinstance(value, float) or low is None or high is None:
-        return _format_loss(value)
+        return format_loss(value)
     return f"{value:.3f} [{low:.3f}, {high:.3f}]"
-
-
-def _format_loss(loss: float | str) -> str:
-    """Return a loss with four decimals; one that is not finite is a string in metrics.jsonl already."""
-    return f"{loss:.4f}" if isinstance(loss, float) else str(loss)

@@ -25,6 +25,7 @@ from transformers import TrainerCallback
 
 from train.loop.batch_info import BatchInfo
 from train.loop.loss import LossSums, mean_metrics
+from train.loop.source_figures import SourceFigures
 from train.model.architecture import Architecture
 from train.model.flops import count_training_flops, peak_flops
 
@@ -71,9 +72,15 @@ class Throughput(TrainerCallback):
     no recomputation. It is left out for devices of unknown peak and for mixtures of experts.
     """
 
-    def __init__(self, accelerator: Accelerator, shape: Architecture | None) -> None:
-        """Begin to count. `shape`: the model's dimensions; None if its FLOPs can't be counted."""
-        self._accelerator, self._shape = accelerator, shape
+    def __init__(self, accelerator: Accelerator, shape: Architecture | None, sources: SourceFigures) -> None:
+        """Begin to count.
+
+        Args:
+            accelerator: of the trainer.
+            shape: the model's dimensions; None if its FLOPs can't be counted.
+            sources: figures by source, which are gathered, saved and cleared together with these.
+        """
+        self._accelerator, self._shape, self._sources = accelerator, shape, sources
         self._clock = _Clock(accelerator.device)
         self._peak = peak_flops(torch.cuda.get_device_name()) if accelerator.device.type == "cuda" else None
         self._step_began = self._optimizer_began = self._clock.now()
@@ -86,14 +93,17 @@ class Throughput(TrainerCallback):
         self._trained_tokens = self._steps = 0
         self._waited = 0.0
         self._carried = np.zeros(9)
+        self._sources.clear()
 
-    def state(self) -> dict[str, list[float]]:
+    def state(self) -> dict[str, Any]:
         """Return what this process has counted since the last logging step, for a checkpoint."""
-        return {"counts": self._counts().tolist(), "sums": torch.stack(list(self._all_sums())).tolist()}
+        sums = torch.stack(list(self._all_sums())).tolist()
+        return {"counts": self._counts().tolist(), "sums": sums, **self._sources.state()}
 
-    def load(self, states: Sequence[dict[str, list[float]]]) -> None:
+    def load(self, states: Sequence[dict[str, Any]]) -> None:
         """Continue from the counts of these processes."""
         self._clear()
+        self._sources.load(states)
         self._carried = np.sum([state["counts"] for state in states], axis=0) if states else self._carried
         device = self._accelerator.device
         for state in states:
@@ -166,8 +176,10 @@ class Throughput(TrainerCallback):
         """
         own = [*self._counts(), self._peak_memory(), *extra]
         local = torch.tensor(own, dtype=torch.float64, device=self._accelerator.device)
-        gathered = self._accelerator.gather(torch.cat([torch.stack(list(self._all_sums())), local])[None]).cpu().numpy()
-        sums, counts = np.split(gathered, [len(LossSums._fields)], axis=1)
+        numbers = torch.cat([torch.stack(list(self._all_sums())), local, self._sources.sums.flatten()])
+        gathered = self._accelerator.gather(numbers[None]).cpu().numpy()
+        size = len(LossSums._fields)
+        sums, counts, by_source = np.split(gathered, [size, size + len(local)], axis=1)
         tokens, trained, flops = counts[:, :3].sum(0)
         processes, steps = len(counts), max(counts[0, 3], 1)
         seconds = max(float(counts[:, 4].max()), 1e-9)
@@ -186,7 +198,8 @@ class Throughput(TrainerCallback):
             metrics[f"seconds_{part}"] = counts[:, column].mean() / steps
         metrics["peak_memory_gib"] = counts[:, 9].max()
         self._clear()
-        return {name: float(value) for name, value in metrics.items()}, counts[:, 10:].tolist()
+        metrics = {name: float(value) for name, value in metrics.items()} | self._sources.metrics(by_source.sum(0))
+        return metrics, counts[:, 10:].tolist()
 
     def _peak_memory(self) -> float:
         """Return the peak GiB since the process began: PyTorch's on the GPU, or the process's on a CPU."""

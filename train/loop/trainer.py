@@ -32,6 +32,7 @@ from train.loop.preemption import Preemption
 from train.loop.preemption_callback import EvaluationStoppedError, PreemptionCallback
 from train.loop.sampler import BalancedSampler, share_batches
 from train.loop.sequence_slice import make_group
+from train.loop.source_figures import SourceFigures
 from train.loop.throughput import Throughput
 from train.model.adapters import check_adapter, lora_config
 from train.model.architecture import try_inspect_architecture
@@ -120,7 +121,9 @@ class JanusTrainer(CheckpointingTrainer):
         self.eval_dataset = PaddedDataset(data.validation.dataset, eval_batch) if data.validation else None
         self.data_collator = CountingCollator(self.data_collator, self.sequence_group)
         self._preemption = preemption or Preemption(recipe.output_dir, recipe.save)
-        self._throughput = Throughput(self.accelerator, shape)
+        self._sources = SourceFigures(data.train.dataset, self.accelerator.device)
+        self._evaluated_sources = SourceFigures((data.validation or data.train).dataset, self.accelerator.device)
+        self._throughput = Throughput(self.accelerator, shape, self._sources)
         self._gain = ValidationGain(recipe, gain.rows, arguments.per_device_eval_batch_size) if gain else None
         self._preemption_callback = PreemptionCallback(self._preemption, self.accelerator)
         self._step_log = next((callback for callback in callbacks if isinstance(callback, StepLog)), None)
@@ -256,8 +259,10 @@ class JanusTrainer(CheckpointingTrainer):
         if self.model.training:
             self._count(batch, sums)
             self._guards.add(batch, token_losses, outputs.label_mask)
+            self._sources.add(batch, token_losses, outputs.label_mask, weights)
         else:
             self._evaluated = sums.plus(self._evaluated)
+            self._evaluated_sources.add(batch, -outputs.log_probs, outputs.label_mask, weights)
         return loss
 
     def _count(self, batch: BatchInfo, sums: LossSums | None) -> None:
@@ -363,10 +368,13 @@ class JanusTrainer(CheckpointingTrainer):
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
         """Evaluate. transformers weighs each batch alike; here each token counts once, in the loss with its weight."""
         self._evaluated = None
+        self._evaluated_sources.clear()
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         own = self._evaluated or [torch.zeros((), dtype=torch.float64, device=self.args.device)] * 5
-        sums = self.accelerator.reduce(torch.stack(list(own)), reduction="sum").tolist()
-        output.metrics.update({f"{metric_key_prefix}_{name}": mean for name, mean in mean_metrics(sums).items()})
+        own_sums = torch.cat([torch.stack(list(own)), self._evaluated_sources.sums.flatten()])
+        sums = self.accelerator.reduce(own_sums, reduction="sum").tolist()
+        means = {f"{metric_key_prefix}_{name}": mean for name, mean in mean_metrics(sums[:5]).items()}
+        output.metrics.update(means | self._evaluated_sources.metrics(sums[5:], f"{metric_key_prefix}_"))
         if self._gain is not None:
             output.metrics.update(self._measure_gain(self._gain, metric_key_prefix))
         return output

@@ -80,19 +80,25 @@ def step_plot(path: Path, title: str, ylabel: str) -> Iterator[Any]:
 
 
 def plot_metric(
-    axes: Any, metrics: Iterable[Mapping[str, Any]], key: str, label: str, *, markers: bool = False
+    axes: Any,
+    metrics: Iterable[Mapping[str, Any]],
+    key: str,
+    label: str,
+    *,
+    markers: bool = False,
+    width: float | None = None,
 ) -> None:
     """Draw `key` of the lines of metrics.jsonl over `step`, with the band from `key_low` to `key_high` where logged.
 
     Lines without a number under `key` are left out. `markers`: mark each point even where there are many; a line
-    through a single point would be invisible without.
+    through a single point would be invisible without. `width`: of the line, in points; None = matplotlib's.
     """
     lines = [line for line in metrics if isinstance(line.get(key), float)]
     if not lines:
         return
     steps = [line["step"] for line in lines]
     marked = markers or len(lines) < _MAX_MARKED_POINTS
-    axes.plot(steps, [line[key] for line in lines], "o-" if marked else "-", label=label)
+    axes.plot(steps, [line[key] for line in lines], "o-" if marked else "-", label=label, linewidth=width)
     if all(f"{key}_low" in line for line in lines):
         low, high = ([line[f"{key}_{bound}"] for line in lines] for bound in ("low", "high"))
         axes.fill_between(steps, low, high, alpha=0.2)

@@ -46,6 +46,7 @@ class ValidationGain:
         if not self._rows:
             return {}
         from train.system_gain.metric import MEASURES, system_gain  # imports the modelling code of transformers
+        from train.system_gain.variants import SOURCE_LABEL
 
         try:
             gain = system_gain(
@@ -62,7 +63,10 @@ class ValidationGain:
             return dict.fromkeys([f"{prefix}_system_{name}" for name in MEASURES], math.nan)
         if is_first_rank():
             self._record({"step": step, **gain.record()})
-        return gain.metrics(f"{prefix}_")
+        by_source = {of: figures for (name, of), figures in gain.groups.items() if name == SOURCE_LABEL}
+        return gain.metrics(f"{prefix}_") | {
+            f"{prefix}_system_gain/{source}": figures.gain.mean for source, figures in by_source.items()
+        }
 
     def _record(self, record: dict[str, Any]) -> None:
         """Append a line to those of earlier steps of this run.

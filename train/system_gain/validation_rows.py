@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import xxhash
 from transformers import PreTrainedTokenizerBase
 
 from train.data.cache import cache_key, get_or_build
+from train.data.dataset import PackedDataset
 from train.data.prepared_data import PreparedData
 from train.data.sources.formats import Conversation
 from train.data.tokens.source import cache_folder
@@ -18,9 +20,11 @@ from train.progress import progress_bar
 from train.recipe import Recipe
 from train.recipe.conflicts import is_gain_metric
 from train.system_gain.variants import (
+    SOURCE_LABEL,
     LabelledConversation,
     SelectedRow,
     VariantRows,
+    Variants,
     encode_variants,
     read_labelled_conversations,
     select_rows,
@@ -38,8 +42,8 @@ def load_gain_rows(recipe: Recipe, data: PreparedData, tokenizer: PreTrainedToke
     """
     if data.validation is None or not recipe.system_gain.rows:
         return None
-    sequences = data.validation.dataset
-    places = sorted({place for sequence in range(len(sequences)) for place in sequences.places(sequence)})
+    source_of = _find_sources(data.validation.dataset)
+    places = sorted(source_of)
     settings = recipe.system_gain
     key = cache_key(
         {
@@ -65,7 +69,25 @@ def load_gain_rows(recipe: Recipe, data: PreparedData, tokenizer: PreTrainedToke
     selected = [_from_json(row) for row in json.loads((entry.folder / _FILE).read_text(encoding="utf-8"))]
     row_tokenizer = RowTokenizer(tokenizer, recipe.chat.train_on, recipe.chat.control_tokens_in_text)
     encode_variants(selected, row_tokenizer, variants, max_length=recipe.data.max_length)
+    if len(data.validation.dataset.rows_by_source) > 1:
+        variants.rows[:] = [_label_source(row, source_of[row.place]) for row in variants.rows]
     return variants
+
+
+def _find_sources(sequences: PackedDataset) -> dict[str, str]:
+    """Return the place of each row -> the name of its source."""
+    names = [*sequences.rows_by_source]
+    return {
+        place: names[source]
+        for sequence in range(len(sequences))
+        for place, source in zip(sequences.places(sequence), sequences.sources(sequence), strict=True)
+    }
+
+
+def _label_source(row: Variants, name: str) -> Variants:
+    """Return a row with the short name of its source as a label, in place of the path."""
+    others = (label for label in row.labels if label[0] != SOURCE_LABEL)
+    return replace(row, labels=((SOURCE_LABEL, name), *others))
 
 
 def describe_gain(variants: VariantRows | None) -> str | None:

@@ -24,6 +24,8 @@ from train.recipe import Source
 Label = tuple[str, str]
 """A property that figures are grouped by, and its value: ("rule", "bullet_points")."""
 
+SOURCE_LABEL = "data"
+"""Label of a row's source, where there are several."""
 LABEL_COLUMNS = ("main_source", "original_source", "source", "rule", "held_out")
 """Columns whose text is a label, if the row has one."""
 
@@ -115,7 +117,7 @@ def read_labelled_conversations(
     columns = (*LABEL_COLUMNS, *columns)
     for source in sources:
         opened = open_source(source, allow_pickle)
-        source_label: tuple[Label, ...] = (("data", source.path),) if len(sources) > 1 else ()
+        source_label: tuple[Label, ...] = ((SOURCE_LABEL, source.path),) if len(sources) > 1 else ()
         chunks, format = chunks_and_format(source, opened)
         for number, chunk in chunks:
             for place_in_file, row in chunk.rows():

@@ -211,16 +211,22 @@ class TokenTable:
     - `has_loss_weight`: bool [rows], a part of the row has a loss weight other than 1.
     - `digests`, `questions`: 16 bytes [rows], digests of the conversation and of its first user message.
     - `source_ends`: int64 [files + 1], the first row of each file, and the number of all rows.
+    - `source_names`: the name of each file's source in metrics and reports.
     """
 
     def __init__(
-        self, files: Sequence[Path], places: Sequence[Sequence[str]], loss_weights: Sequence[float] | None = None
+        self,
+        files: Sequence[Path],
+        places: Sequence[Sequence[str]],
+        loss_weights: Sequence[float] | None = None,
+        source_names: Sequence[str] = (),
     ) -> None:
         """Open the tables.
 
         - `places`: for each table, the names of its source's files, by number: the beginning of a row's place.
         - `loss_weights`: for each table, that of its source; None = 1.
         """
+        self.source_names = source_names
         tables = [_open_table(path) for path in files]
         self._places = places
         self._batches = [(source, batch) for source, table in enumerate(tables) for batch in table]
@@ -279,6 +285,10 @@ class TokenTable:
         batch, number = self._find(row)
         source, columns = self._batches[batch]
         return self._places[source][columns["file"][number].as_py()] + str(columns["place"][number].as_py())
+
+    def source_of(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return the number of each row's source."""
+        return np.searchsorted(self.source_ends, rows, side="right") - 1
 
     def count_distinct_systems(self, rows: NDArray[np.int64]) -> int:
         """Count the distinct system messages of these rows."""

@@ -177,7 +177,7 @@ def test_a_policy_or_a_template_that_changes_tokens_is_refused(resumed: Callable
         resumed(f"chat.template={own}")
     with pytest.raises(UserError, match=r"data\.sources was .* and is "):
         resumed("data.sources.0.weight=0.5")
-    with pytest.raises(UserError, match=r"data\.sources was .* and is .*\"loss_weight\": 0\.5"):
+    with pytest.raises(UserError, match=r"data\.sources was .* and is .*'loss_weight': 0\.5"):
         resumed("data.sources.0.loss_weight=0.5")
     resumed("data.sources.0.loss_weight=0.5", anyway=("data.sources",))
     with pytest.raises(UserError, match=r"data\.validation was None and is 0\.25"):

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from ranks import launch
 from small_runs import read_metrics, write_recipe, write_rows
+from test_sharded_training import EPSILON
 
 pytest.importorskip("deepspeed")
 
@@ -48,6 +49,7 @@ def figures(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Calla
             folder,
             data={"sources": sources, "validation": 0.3, "packing": setting.packed},
             training={
+                "adam_epsilon": EPSILON,  # larger than the rounding of small gradients
                 "gradient_accumulation_steps": SEQUENCES * setting.shared // setting.processes,
                 "per_device_eval_batch_size": 1,
                 "max_steps": STEPS,

@@ -132,10 +132,19 @@ def test_a_tokenizer_of_another_kind_is_not_replaced(chatml_tokenizer) -> None:
 
 
 def test_touching_spans_are_merged() -> None:
-    from train.data.loss_mask import _merge_touching, find_runs, make_labels
+    from train.data.chat.rendering import Rendering
+    from train.data.loss_mask import _make_row, find_runs
 
-    spans = np.asarray([[0, 2], [2, 3], [5, 6]], np.int32)
-    assert _merge_touching(spans).tolist() == [[0, 3], [5, 6]]
-    assert _merge_touching(np.empty((0, 2), np.int32)).tolist() == []
+    ids, spans = np.arange(6, dtype=np.int32), np.asarray([[0, 2], [2, 3], [5, 6]], np.int32)
+    row = _make_row(ids, spans, Rendering("", []))
+    assert row.trained.tolist() == [[0, 3], [5, 6]]
+    assert row.labels == [0, 1, 2, -100, -100, 5]
+    assert _make_row(ids, np.empty((0, 2), np.int32), Rendering("", [])).trained.tolist() == []
     assert find_runs(np.asarray([True, True, True, False, False, True])).tolist() == [[0, 3], [5, 6]]
-    assert make_labels(np.arange(6, dtype=np.int32), _merge_touching(spans)).tolist() == [0, 1, 2, -100, -100, 5]
+    weights = np.asarray([0.5, 0.5, 2, 0, 0, 1], np.float32)
+    assert find_runs(weights).tolist() == [[0, 2], [2, 3], [5, 6]]
+    assert find_runs(weights[:0]).tolist() == []
+    weighted = _make_row(ids, spans, Rendering("", [], [0.5, 2, 1]))  # spans of different weights stay apart
+    assert (weighted.trained.tolist(), weighted.span_weights.tolist()) == (spans.tolist(), [0.5, 2, 1])
+    merged = _make_row(ids, spans, Rendering("", [], [0.5, 0.5, 1]))
+    assert (merged.trained.tolist(), merged.span_weights.tolist()) == ([[0, 3], [5, 6]], [0.5, 1])

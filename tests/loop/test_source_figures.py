@@ -187,9 +187,9 @@ def test_sums_of_an_older_version_or_other_sources_are_left_out(
 ) -> None:
     data = prepared(load_recipe(recipe_file(data={"sources": sources})))[1]
     figures = SourceFigures(data.train.dataset, Accelerator(cpu=True).device)
-    sums = [[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]]
+    sums = [[1.0, 2.0, 3.0], [4.0, 5.0, 6.0], [7.0, 8.0, 9.0]]
     figures.load([{}, {"by_source": [[1.0], [2.0]]}, {"by_source": sums}, {"by_source": sums}])
-    assert figures.state() == {"by_source": [[2.0, 4.0, 6.0], [8.0, 10.0, 12.0]]}
+    assert figures.state() == {"by_source": [[2.0, 4.0, 6.0], [8.0, 10.0, 12.0], [14.0, 16.0, 18.0]]}
     assert data.train.dataset.rows_by_source == {name: len(rows) for name, rows in ROWS.items()}
 
 
@@ -207,4 +207,4 @@ def test_a_micro_batch_does_not_wait_for_the_device(
         figures.add(batch, losses, losses > 0)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert figures.sums.sum(1).tolist() == [21, 21]
+    assert figures.sums.sum(1).tolist() == [21, 21, 21]

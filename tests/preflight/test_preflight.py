@@ -86,7 +86,7 @@ def test_a_check_needs_no_weights_and_writes_its_json(
     report = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
     assert report.keys() == {
         *("ready", "error", "warnings", "model", "dtype", "template", "probe", "max_length", "packing", "training"),
-        *("chat", "system_messages", "caches", "float8", "system_gain", "unread"),
+        *("chat", "system_messages", "caches", "float8", "system_gain", "unread", "loss_weights"),
         *("validation", "outcomes", "overlap", "schedule", "output_dir", "resumes_from", "plan", "examples"),
         "finished",
     }
@@ -94,7 +94,7 @@ def test_a_check_needs_no_weights_and_writes_its_json(
         *("rows", "tokens", "trained_tokens", "rows_with_system_message", "distinct_system_messages", "lengths"),
         *("histogram", "longest_tokens", "longest_place", "sequences", "filling", "documents_per_sequence_mean"),
         *("documents_per_sequence_max", "duplicates", "conversations", "rows_of_conversations"),
-        "rows_with_default_system",
+        *("rows_with_default_system", "rows_with_loss_weight"),
     }
     assert report["training"].keys() == report["validation"].keys() == part
     assert (report["ready"], report["error"]) == (True, None)

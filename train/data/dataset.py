@@ -8,9 +8,12 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from train.data.loss_mask import NOT_TRAINED, make_labels
+from train.data.loss_mask import NOT_TRAINED, make_labels, make_token_weights
 from train.data.packing import PackingPlan
 from train.data.tokens.table import TokenTable
+
+LOSS_WEIGHTS = "loss_weights"
+"""Key of the loss weights of a sequence's tokens, in data sets that have them."""
 
 
 class PackedDataset:
@@ -34,6 +37,7 @@ class PackedDataset:
         """`chosen`: numbers of the rows that are trained, truncated to `max_length`. `plan_of`: epoch -> its plan."""
         self._table, self._chosen, self._max_length, self._packed = table, chosen, max_length, packed
         self.lengths = np.minimum(table.lengths[chosen], max_length)
+        self.has_loss_weights = bool(table.has_loss_weight[chosen].any())
         self.plan_of = lru_cache(maxsize=2)(plan_of)
         self._count = len(self.plan_of(0))
         counts = np.bincount(table.source_of(chosen))
@@ -49,9 +53,11 @@ class PackedDataset:
 
         - `input_ids`, `labels`: int64 [tokens].
         - `seq_lengths`: the number of tokens of each document; only where rows are packed.
+        - `loss_weights`: float32 [tokens], 0 where not trained; only if the data set has a loss weight other than 1.
         - `sequence`: the index itself, the argument of `places`.
         """
-        documents = [self.row(number) for number in self._documents(index)]
+        numbers = self._documents(index)
+        documents = [self.row(number) for number in numbers]
         item: dict[str, Any] = {
             "input_ids": np.concatenate([ids for ids, _ in documents]).astype(np.int64),
             "labels": np.concatenate([labels for _, labels in documents]),
@@ -59,6 +65,8 @@ class PackedDataset:
         }
         if self._packed:
             item["seq_lengths"] = [len(ids) for ids, _ in documents]
+        if self.has_loss_weights:
+            item[LOSS_WEIGHTS] = np.concatenate([self.loss_weights(number) for number in numbers])
         return item
 
     def digest(self) -> str:
@@ -89,6 +97,11 @@ class PackedDataset:
         row = int(self._chosen[number])
         ids = self._table.ids(row)[: self._max_length]
         return ids, make_labels(ids, self._table.trained(row))
+
+    def loss_weights(self, number: int) -> NDArray[np.float32]:
+        """Return the loss weights of the tokens of one of the chosen rows, truncated; 0 where not trained."""
+        row = int(self._chosen[number])
+        return make_token_weights(int(self.lengths[number]), self._table.trained(row), self._table.loss_weights(row))
 
 
 class PaddedDataset:

@@ -13,7 +13,8 @@ from train.data.prepared_data import PreparedData, UnreadText
 from train.data.sources.source import BadRow, BadRows
 from train.errors import UserError
 from train.formatting import format_count
-from train.recipe import DataSection, Source
+from train.recipe import DataSection, Recipe, Source
+from train.recipe.conflicts import key_of_other_loss
 
 _NAMES_SHOWN = 12
 _FORMAT_ERRORS = {"missing column", "wrong type", "unknown role", "empty content", "no assistant turn"}
@@ -127,8 +128,23 @@ def _first_three(names: Sequence[object]) -> str:
     return ", ".join(map(str, names[:3])) + (", ..." if len(names) > 3 else "")
 
 
-def find_data_error(data: PreparedData, section: DataSection) -> str | None:
+def describe_loss_weights(data: PreparedData, section: DataSection) -> list[str]:
+    """Return a line for each split and each source that has loss weights other than 1."""
+    lines = [
+        f"{stats.rows_with_loss_weight:,} of {format_count(stats.rows, f'{name} row')} have a loss weight other than 1"
+        for name, stats in data.stats.items()
+        if stats.rows_with_loss_weight
+    ]
+    for key, sources in (("data.sources", section.sources), ("data.validation", section.validation)):
+        for number, source in enumerate(sources if isinstance(sources, tuple) else ()):
+            if source.loss_weight != 1:
+                lines.append(f"{key}.{number}.loss_weight: {source.loss_weight:g} ({source.path})")
+    return lines
+
+
+def find_data_error(data: PreparedData, recipe: Recipe) -> str | None:
     """Return why a recipe refuses these rows and what to change, all in one paragraph; None if it trains them."""
+    section = recipe.data
     losing = (text for text in data.unread if text.losing and not text.ignored)
     lost_texts = [_describe_lost(key, list(texts)) for key, texts in groupby(losing, lambda text: text.key)]
     reasons = []
@@ -151,6 +167,11 @@ def find_data_error(data: PreparedData, section: DataSection) -> str | None:
                 f"no {name} row remains of {stats.conversations:,}: {overlong:,} are longer than data.max_length "
                 f"({section.max_length:,}); the longest has {stats.longest:,} tokens."
             )
+    weights = describe_loss_weights(data, section)
+    if weights and (key := key_of_other_loss(recipe.training)):
+        reasons.append(
+            f"{weights[0]}, and TRL computes the loss of {key} without weights. Remove that key or the weights."
+        )
     rows = [f"data: {' '.join(reasons)}"] if reasons else []
     return " ".join([*lost_texts, *data.misspelled_ignores, *rows]) or None
 

@@ -25,7 +25,7 @@ from tokenizers import Encoding, Tokenizer
 from transformers import PreTrainedTokenizerBase
 
 from train.data.chat.assistant_spans import SpanFinder, TrainOn
-from train.data.chat.rendering import Rendering, Span, Tools, gaps
+from train.data.chat.rendering import Rendering, Tools, gaps
 from train.data.chat.system_role import SystemRole, apply_system_role
 from train.data.fast_tokenizer import FastTokenizer, UnsupportedTokenizerError
 from train.data.sources.formats import Message, RowError
@@ -43,19 +43,27 @@ class EncodedRow:
     """One training row.
 
     - `ids`: int32 [tokens].
-    - `trained`: int32 [spans, 2], the first token and the end (exclusive) of each trained span. They ascend and never
-      touch.
+    - `trained`: int32 [spans, 2], the first token and the end (exclusive) of each trained span. They ascend, and only
+      those of different loss weights touch.
+    - `weights`: float32 [spans], the loss weight of each span; None if all are 1.
     """
 
     ids: NDArray[np.int32]
     trained: NDArray[np.int32]
+    weights: NDArray[np.float32] | None = None
 
     def __eq__(self, other: object) -> bool:
         return (
             isinstance(other, EncodedRow)
             and np.array_equal(self.ids, other.ids)
             and np.array_equal(self.trained, other.trained)
+            and np.array_equal(self.span_weights, other.span_weights)
         )
+
+    @property
+    def span_weights(self) -> NDArray[np.float32]:
+        """The loss weight of each trained span: float32 [spans]."""
+        return np.ones(len(self.trained), np.float32) if self.weights is None else self.weights
 
     @property
     def input_ids(self) -> list[int]:
@@ -76,10 +84,21 @@ def make_labels(ids: NDArray[np.int32], trained: NDArray[np.int32]) -> NDArray[n
     return labels
 
 
-def find_runs(trained: NDArray[np.bool_]) -> NDArray[np.int32]:
-    """Return the runs of true values: int32 [runs, 2], start and end (exclusive)."""
-    edges = np.flatnonzero(np.diff(trained, prepend=False, append=False))
-    return edges.astype(np.int32).reshape(-1, 2)
+def make_token_weights(
+    tokens: int, trained: NDArray[np.int32], span_weights: NDArray[np.float32]
+) -> NDArray[np.float32]:
+    """Return the loss weight of each token: float32 [tokens], 0 outside of the spans `trained`."""
+    weights = np.zeros(tokens, np.float32)
+    for (start, end), weight in zip(trained.tolist(), span_weights, strict=True):
+        weights[start:end] = weight
+    return weights
+
+
+def find_runs(values: NDArray[Any]) -> NDArray[np.int32]:
+    """Return the runs of equal values, except of 0 or false: int32 [runs, 2], start and end (exclusive)."""
+    starts = np.flatnonzero(np.concatenate([[len(values) > 0], values[1:] != values[:-1]]))
+    runs = np.stack([starts, np.append(starts, len(values))[1:]], axis=1).astype(np.int32)
+    return runs[values[starts] != 0]
 
 
 class Encoder:
@@ -150,7 +169,7 @@ class Encoder:
                 row = rows[number]
                 trained = None if ids is None else self._fast.tokens_within(row.text, ids, row.spans)
                 if ids is not None and trained is not None:
-                    results[number] = EncodedRow(ids, _merge_touching(trained))
+                    results[number] = _make_row(ids, trained, row)
         rest = [row for row, result in zip(rows, results, strict=True) if result is None]
         texts = [row.text for row in rest]
         encodings = iter(self._backend.encode_batch(texts, add_special_tokens=False) if self._backend else [])
@@ -173,19 +192,24 @@ class Encoder:
         if encoding is None:
             return self._label_slowly(rendering)
         ids = np.asarray(encoding.ids, dtype=np.int32)
-        trained = self._trained(ids, encoding, rendering.spans)
-        return self._label_in_parts(rendering) if trained is None else EncodedRow(ids, find_runs(trained))
+        weights = self._weigh(ids, encoding, rendering)
+        if weights is None:
+            return self._label_in_parts(rendering)
+        trained = find_runs(weights)
+        return EncodedRow(ids, trained, weights[trained[:, 0]] if rendering.weights else None)
 
-    def _trained(self, ids: NDArray[np.int32], encoding: Encoding, spans: list[Span]) -> NDArray[np.bool_] | None:
-        """Return a mask of the tokens in the spans: bool [tokens]; None if a token lies across the border of a span.
+    def _weigh(self, ids: NDArray[np.int32], encoding: Encoding, rendering: Rendering) -> NDArray[np.float32] | None:
+        """Return the loss weight of each token, 0 outside of the spans: float32 [tokens].
+
+        None if a token lies across the border of a span.
 
         An end token may include the white space after it (Phi-3's do, by `rstrip`): it is the same token.
         Raises RowError if a span has no token.
         """
         offsets = np.asarray(encoding.offsets, dtype=np.int64).reshape(-1, 2)
         starts, ends = offsets[:, 0], offsets[:, 1]
-        trained = np.zeros(len(ids), dtype=bool)
-        for start, end in spans:
+        weights = np.zeros(len(ids), np.float32)
+        for number, (start, end) in enumerate(rendering.spans):
             if ((starts < start) & (start < ends)).any():
                 return None
             over_the_end = (starts < end) & (end < ends)
@@ -194,8 +218,8 @@ class Encoder:
             inside = (starts >= start) & (ends <= end) | over_the_end & (starts >= start)
             if not inside.any():
                 raise RowError("nothing to train", "no token of an answer")
-            trained |= inside
-        return trained
+            weights[inside] = rendering.weights[number] if rendering.weights else 1
+        return weights
 
     def _label_in_parts(self, rendering: Rendering) -> EncodedRow:
         """Encode prompts and answers apart, as at inference. Raises RowError if they don't decode to the text."""
@@ -212,7 +236,7 @@ class Encoder:
                 ids += answer
         if self._decode(ids) != rendering.text:
             raise RowError("a token joins prompt and answer", "and this tokenizer can't encode the two apart exactly")
-        return EncodedRow(np.asarray(ids, np.int32), _merge_touching(np.asarray(trained, np.int32).reshape(-1, 2)))
+        return _make_row(np.asarray(ids, np.int32), np.asarray(trained, np.int32).reshape(-1, 2), rendering)
 
     def _label_slowly(self, rendering: Rendering) -> EncodedRow:
         """Encode without offsets: the tokens up to a border, encoded alone, must be those that the row begins with.
@@ -226,7 +250,7 @@ class Encoder:
             if len(before) >= len(up_to) or ids[: len(up_to)] != up_to or up_to[: len(before)] != before:
                 return self._label_in_parts(rendering)
             trained += [len(before), len(up_to)]
-        return EncodedRow(np.asarray(ids, np.int32), _merge_touching(np.asarray(trained, np.int32).reshape(-1, 2)))
+        return _make_row(np.asarray(ids, np.int32), np.asarray(trained, np.int32).reshape(-1, 2), rendering)
 
     def _ids(self, text: str) -> list[int]:
         if self._backend is not None:
@@ -241,12 +265,17 @@ class Encoder:
         return str(self._slow.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
 
-def _merge_touching(spans: NDArray[np.int32]) -> NDArray[np.int32]:
-    """Merge the touching ones of ascending spans: int32 [spans, 2]."""
-    touching = np.flatnonzero(spans[1:, 0] == spans[:-1, 1])
-    if not len(touching):
-        return spans
-    return np.stack([np.delete(spans[:, 0], touching + 1), np.delete(spans[:, 1], touching)], axis=1)
+def _make_row(ids: NDArray[np.int32], spans: NDArray[np.int32], rendering: Rendering) -> EncodedRow:
+    """Return a row of which these spans of tokens, those of the rendering, are trained; merge the touching ones."""
+    weights = np.asarray(rendering.weights, np.float32) if rendering.weights else None
+    touching = spans[1:, 0] == spans[:-1, 1]
+    if weights is not None:
+        touching &= weights[1:] == weights[:-1]
+    merged = np.flatnonzero(touching)
+    if len(merged):
+        spans = np.stack([np.delete(spans[:, 0], merged + 1), np.delete(spans[:, 1], merged)], axis=1)
+        weights = None if weights is None else np.delete(weights, merged)
+    return EncodedRow(ids, spans, weights)
 
 
 def _state(tokenizer: PreTrainedTokenizerBase) -> tuple[object, ...]:

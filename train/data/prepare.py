@@ -1,7 +1,7 @@
 """Sources -> tokens on disk -> splits: the data of a run, and the report of every row that is not trained.
 
-Tokens are made once and cached (`train.data.tokens.source`). Which rows are trained, how often, truncated to which
-length and packed into which sequences is computed at each start, from row numbers alone.
+Tokens are made once and cached (`train.data.tokens.source`). Which rows are trained, how often, with which weight of
+their source, truncated to which length and packed into which sequences is computed at each start.
 """
 
 import difflib
@@ -37,7 +37,7 @@ def prepare(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> PreparedData:
     Raises UserError if a row can't be trained and the recipe doesn't say to skip it: one error for all rows.
     """
     data = examine(recipe, tokenizer)
-    error = find_data_error(data, recipe.data)
+    error = find_data_error(data, recipe)
     if error:
         raise UserError(error)
     return data
@@ -56,7 +56,8 @@ def examine(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> PreparedData:
     table = TokenTable(
         [entry.folder / ROWS for entry, _ in tokenized],
         [opened.files for _, opened in tokenized],
-        [*name_sources(section.sources), *name_sources(validation)],
+        [source.loss_weight for _, source in sources],
+        source_names=[*name_sources(section.sources), *name_sources(validation)],
     )
     errors = _collect_errors(tokenized)
     for (key, source), size in zip(sources, np.diff(table.source_ends), strict=True):

@@ -15,12 +15,16 @@ from train.data.stats import Overlap, Repeats
 
 
 class ExampleRow(NamedTuple):
-    """One row to look at: token ids and labels as they are trained, its place, whether it has a system message."""
+    """One row to look at: token ids and labels as they are trained, its place, whether it has a system message.
+
+    `loss_weights`: the distinct loss weights of its trained tokens, in ascending order.
+    """
 
     input_ids: NDArray[np.int32]
     labels: NDArray[np.int64]
     place: str
     has_system: bool
+    loss_weights: list[float]
 
 
 @dataclass
@@ -29,6 +33,7 @@ class SplitStats:
 
     - `conversations`: those that could be tokenized, repeated as the weights say.
     - `rows`: rows trained. A template that rewrites history makes several rows of one conversation.
+    - `rows_with_loss_weight`: those of which a part has a loss weight other than 1.
     - `tokens`, `trained_tokens`: after truncation. `overlong_tokens`: tokens lost because of data.max_length.
     - `lengths`: tokens of every row before truncation and dropping.
     - `overlong`: rows longer than data.max_length, by what happened to them: refused, dropped or truncated.
@@ -40,6 +45,7 @@ class SplitStats:
     rows: int = 0
     rows_with_system: int = 0
     distinct_systems: int = 0
+    rows_with_loss_weight: int = 0
     tokens: int = 0
     trained_tokens: int = 0
     lengths: NDArray[np.int32] = field(default_factory=lambda: np.empty(0, np.int32))

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from train.data.cache import cache_key, get_or_build
 from train.data.dataset import PackedDataset
+from train.data.loss_mask import NOT_TRAINED
 from train.data.packing import PackingPlan, plan_packing
 from train.data.prepared_data import ExampleRow, Split, SplitStats
 from train.data.sources.source import BadRow, BadRows
@@ -42,6 +43,7 @@ def build_split(
     stats.rows = len(chosen)
     stats.rows_with_system = int(table.has_system[chosen].sum())
     stats.distinct_systems = table.count_distinct_systems(chosen)
+    stats.rows_with_loss_weight = int(table.has_loss_weight[chosen].sum())
 
     lengths = np.minimum(table.lengths[chosen], section.max_length)
     dataset = PackedDataset(
@@ -66,7 +68,9 @@ def build_split(
         rows = np.flatnonzero(table.conversations[chosen] == table.conversations[chosen[candidates[number]]])
         position = rng.choice(rows.tolist())  # any of the rows of a conversation that the template splits
         row = int(chosen[position])
-        example = ExampleRow(*dataset.row(position), table.place(row), bool(table.has_system[row]))
+        ids, labels = dataset.row(position)
+        weights = np.unique(dataset.loss_weights(position)[labels != NOT_TRAINED]).tolist()
+        example = ExampleRow(ids, labels, table.place(row), bool(table.has_system[row]), weights)
         stats.examples.append(example)
     return Split(dataset, stats), table.conversations[chosen[firsts]]
 

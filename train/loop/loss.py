@@ -4,40 +4,80 @@ tokens                 1    2    3    4   |  5    6    7        two packed docum
 labels                -100 -100  3    4   | -100  6    7        -100 = not trained
 losses                      0    l3   l4  |  0    l6   l7       [rows, tokens - 1], 0 where not trained
 loss                  (l3 + l4 + l6 + l7) / trained tokens of the optimizer step, on all processes
+with loss weights     (w3 l3 + w4 l4 + w6 l6 + w7 l7) / sum of the weights w of the optimizer step, on all processes
 """
 
+from collections.abc import Sequence
 from inspect import signature
 from typing import Any, NamedTuple
 
 import torch
 from peft import PeftModel
-from trl import SFTConfig
+from trl import SFTConfig, SFTTrainer
 from trl.trainer.utils import FusedCausalLMOutput
 
-FUSED_LOSSES = ("nll", "dft")
-"""Values of `loss_type` that need only the probability of each label."""
+from train.data.prepared_data import PreparedData
+from train.errors import UserError
+from train.recipe.sft_config import TOKEN_LOSSES
+
 LOGITS_LIMIT = 2**28
 """Logits that a CPU computes at once: 1 GiB in float32."""
 
 
 class LossSums(NamedTuple):
     """Sums over the tokens that have a loss, on the device: losses and entropies in nats, correct top-1 predictions,
-    tokens."""
+    tokens, loss weights. Only the losses are weighted."""
 
     loss: torch.Tensor
     entropy: torch.Tensor
     correct: torch.Tensor
     tokens: torch.Tensor
+    weights: torch.Tensor
 
     @staticmethod
-    def from_outputs(outputs: Any) -> "LossSums":
-        """Return the sums of TRL's fused head, whose fields are 0 where a token has no loss."""
-        values = (-outputs.log_probs, outputs.entropy, outputs.is_top1, outputs.label_mask)
+    def from_outputs(outputs: Any, weights: torch.Tensor | None = None) -> "LossSums":
+        """Return the sums of TRL's fused head, whose fields are 0 where a token has no loss.
+
+        `weights`: loss weights, of the same shape; None = 1.
+        """
+        losses = -outputs.log_probs if weights is None else -outputs.log_probs * weights
+        counted = outputs.label_mask if weights is None else weights
+        values = (losses, outputs.entropy, outputs.is_top1, outputs.label_mask, counted)
         return LossSums(*(value.detach().sum(dtype=torch.float64) for value in values))
 
     def plus(self, other: "LossSums | None") -> "LossSums":
         """Return the sums of both."""
         return self if other is None else LossSums(*(left + right for left, right in zip(self, other, strict=True)))
+
+
+def needs_logits(trainer: SFTTrainer) -> bool:
+    """Return whether the loss needs more than the probabilities of the labels, so that TRL computes it."""
+    return (
+        trainer.aux_loss_enabled
+        or trainer.label_smoother is not None
+        or trainer.compute_loss_func is not None
+        or trainer.args.loss_type not in TOKEN_LOSSES
+    )
+
+
+def check_weighable(trainer: SFTTrainer, data: PreparedData) -> None:
+    """Raise UserError if rows have loss weights and TRL computes the loss.
+
+    For keys of the recipe alone `train.data.diagnostics` does so; here a mixture of experts is left.
+    """
+    if needs_logits(trainer) and any(stats.rows_with_loss_weight for stats in data.stats.values()):
+        raise UserError(
+            "training.router_aux_loss_coef: TRL computes the loss of a mixture of experts with its auxiliary loss, and "
+            "without the loss weights that rows have. Write 0, or remove the weights."
+        )
+
+
+def mean_metrics(sums: Sequence[float]) -> dict[str, float]:
+    """Return the means of the fields of a LossSums by their names in the log; none without tokens."""
+    loss, entropy, correct, tokens, weights = sums
+    if not weights:
+        return {}
+    return {"loss": loss / weights, "entropy": entropy / tokens, "mean_token_accuracy": correct / tokens}
 
 
 def score_labels(model: torch.nn.Module, unwrapped: torch.nn.Module, inputs: dict[str, Any]) -> Any:
@@ -81,22 +121,29 @@ def _computes_part_of_logits(language_model: Any, tokens: int) -> bool:
 
 
 def fused_loss(
-    outputs: Any, arguments: SFTConfig, num_items_in_batch: torch.Tensor | int | None, processes: int
+    outputs: Any,
+    arguments: SFTConfig,
+    num_items_in_batch: torch.Tensor | int | None,
+    processes: int,
+    weights: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the loss of a micro-batch, and the losses of its tokens in nats [rows, tokens - 1].
+    """Return the loss of a micro-batch, and the losses of its tokens in nats [rows, tokens - 1], not weighted.
 
     Args:
         outputs: of a model with `fused_lm_head=True`.
-        arguments: their `loss_type` is one of FUSED_LOSSES.
-        num_items_in_batch: trained tokens of the optimizer step; None = those of the micro-batch.
+        arguments: their `loss_type` is one of TOKEN_LOSSES.
+        num_items_in_batch: trained tokens of the optimizer step, or the sum of their loss weights; None = those of the
+            micro-batch.
         processes: processes over which gradients are averaged.
+        weights: loss weights of the tokens [rows, tokens - 1], 0 where a token has no loss; None = 1.
     """
     losses = -outputs.log_probs  # 0 where a token has none
     if arguments.loss_type == "dft":  # arXiv:2508.05629
         losses = losses * outputs.log_probs.exp().detach()
-    tokens = outputs.label_mask.sum() if num_items_in_batch is None else num_items_in_batch
-    loss = losses.sum() / torch.as_tensor(tokens).clamp(min=1)
+    counted = outputs.label_mask if weights is None else weights
+    divisor = torch.as_tensor(counted.sum() if num_items_in_batch is None else num_items_in_batch)
+    loss = (losses if weights is None else losses * weights).sum() / divisor.where(divisor > 0, 1)
     if num_items_in_batch is not None and arguments.average_tokens_across_devices:
-        # the tokens are those of all processes, and DDP takes the mean of their gradients
+        # the divisor is of all processes, and DDP takes the mean of their gradients
         loss = loss * processes
     return loss, losses

@@ -12,6 +12,7 @@ import torch
 from torch import distributed
 from torch.nn.functional import pad
 
+from train.data.dataset import LOSS_WEIGHTS
 from train.data.loss_mask import NOT_TRAINED
 
 
@@ -26,6 +27,7 @@ def slice_batch(batch: dict[str, Any], rank: int, ranks: int) -> dict[str, Any]:
     - `batch`: of TRL's collator, `padding_free`: one row of tokens [1, tokens].
     - `input_ids`, `labels`, `position_ids`, `shift_labels`: [1, tokens / ranks], rounded up. `shift_labels` has the
       label of the token that each token predicts; TRL's fused head and the count of trained tokens use it.
+    - `loss_weights`: [1, tokens / ranks], those of `shift_labels`; only if the batch has them.
     - `cu_seq_lens_q` and the rest that the kernels need describe all documents. The last one is padding, if any.
     """
     tokens = batch["input_ids"].shape[1]
@@ -37,6 +39,8 @@ def slice_batch(batch: dict[str, Any], rank: int, ranks: int) -> dict[str, Any]:
         "shift_labels": pad(labels[:, 1:], (0, 1), value=NOT_TRAINED),
         "position_ids": torch.cat([batch["position_ids"], torch.arange(padding)[None]], dim=1),
     }
+    if LOSS_WEIGHTS in batch:
+        rows[LOSS_WEIGHTS] = pad(batch[LOSS_WEIGHTS], (0, padding + 1))
     borders = batch["cu_seq_lens_q"]
     if padding:
         borders = torch.cat([borders, borders[-1:] + padding])

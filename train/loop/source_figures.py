@@ -20,7 +20,8 @@ from train.loop.batch_info import BatchInfo
 class SourceFigures:
     """Sums of this process, by source, since they were last cleared; none for a data set with a single source.
 
-    `sums`: float64 [2, sources] on the device, the losses in nats and the number of tokens that have one.
+    `sums`: float64 [3, sources] on the device: the losses in nats, times their loss weights; these weights; and the
+    number of tokens that have a loss.
     """
 
     def __init__(self, sequences: PackedDataset, device: torch.device) -> None:
@@ -31,15 +32,18 @@ class SourceFigures:
 
     def clear(self) -> None:
         """Begin again at 0."""
-        self.sums = torch.zeros(2, len(self._names), dtype=torch.float64, device=self._numbers.device)
+        self.sums = torch.zeros(3, len(self._names), dtype=torch.float64, device=self._numbers.device)
 
-    def add(self, batch: BatchInfo, losses: torch.Tensor, has_loss: torch.Tensor) -> None:
+    def add(
+        self, batch: BatchInfo, losses: torch.Tensor, has_loss: torch.Tensor, weights: torch.Tensor | None = None
+    ) -> None:
         """Add a micro-batch, without waiting for the device.
 
         Args:
             batch: its contents.
             losses: of its tokens in nats, [rows, tokens - 1]; of a shared batch the part of this process.
             has_loss: whether a token has a loss, of the same shape.
+            weights: the loss weights of the tokens, of the same shape; None = 1.
         """
         if not self._names:
             return
@@ -48,8 +52,9 @@ class SourceFigures:
             sources = sources.pin_memory()
         mask = sources.to(losses.device, non_blocking=True) == self._numbers[:, None, None]  # [sources, rows, tokens]
         # no index_add_: on a GPU it adds in another order each time, and a resumed run logs the same numbers
-        self.sums[0] += torch.where(mask, losses.detach(), 0).sum((1, 2), dtype=torch.float64)
-        self.sums[1] += (mask & has_loss).sum((1, 2))
+        weighted = losses.detach() if weights is None else losses.detach() * weights
+        for sums, values in zip(self.sums, (weighted, has_loss if weights is None else weights, has_loss), strict=True):
+            sums += torch.where(mask, values, 0).sum((1, 2), dtype=torch.float64)
 
     def _sources_of_tokens(self, batch: BatchInfo, shape: torch.Size) -> NDArray[np.int32]:
         """Return the source of each loss: int32, of a shape that broadcasts to `shape`."""
@@ -79,9 +84,8 @@ class SourceFigures:
             sums: those of all processes together, flattened.
             prefix: of the metrics' names; the number of trained tokens is a metric of training, without one.
         """
-        losses, tokens = np.reshape(sums, (2, -1)).tolist()
-        figures = [figure for figure in zip(self._names, losses, tokens, strict=True) if figure[2]]
-        metrics: dict[str, float] = {f"{prefix}loss/{name}": loss / count for name, loss, count in figures}
+        figures = [figure for figure in zip(self._names, *np.reshape(sums, (3, -1)).tolist(), strict=True) if figure[2]]
+        metrics: dict[str, float] = {f"{prefix}loss/{name}": loss / weight for name, loss, weight, _ in figures}
         if not prefix:
-            metrics |= {f"trained_tokens/{name}": int(count) for name, _, count in figures}
+            metrics |= {f"trained_tokens/{name}": int(tokens) for name, _, _, tokens in figures}
         return metrics

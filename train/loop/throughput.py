@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from transformers import TrainerCallback
 
 from train.loop.batch_info import BatchInfo
-from train.loop.loss import LossSums
+from train.loop.loss import LossSums, mean_metrics
 from train.loop.source_figures import SourceFigures
 from train.model.architecture import Architecture
 from train.model.flops import count_training_flops, peak_flops
@@ -107,7 +107,8 @@ class Throughput(TrainerCallback):
         self._carried = np.sum([state["counts"] for state in states], axis=0) if states else self._carried
         device = self._accelerator.device
         for state in states:
-            sums = LossSums(*torch.tensor(state["sums"], dtype=torch.float64, device=device))
+            values = (state["sums"] + state["sums"][3:4])[:5]  # without loss weights in earlier versions
+            sums = LossSums(*torch.tensor(values, dtype=torch.float64, device=device))
             self._sums = sums.plus(self._sums)
 
     def _counts(self) -> NDArray[np.float64]:
@@ -177,11 +178,13 @@ class Throughput(TrainerCallback):
         local = torch.tensor(own, dtype=torch.float64, device=self._accelerator.device)
         numbers = torch.cat([torch.stack(list(self._all_sums())), local, self._sources.sums.flatten()])
         gathered = self._accelerator.gather(numbers[None]).cpu().numpy()
-        _, entropy, correct, counted = gathered[:, :4].sum(0)
-        tokens, trained, flops = gathered[:, 4:7].sum(0)
-        processes, steps = len(gathered), max(gathered[0, 7], 1)
-        seconds = max(float(gathered[:, 8].max()), 1e-9)
-        metrics = {"mean_token_accuracy": correct / counted, "entropy": entropy / counted} if counted else {}
+        size = len(LossSums._fields)
+        sums, counts, by_source = np.split(gathered, [size, size + len(local)], axis=1)
+        tokens, trained, flops = counts[:, :3].sum(0)
+        processes, steps = len(counts), max(counts[0, 3], 1)
+        seconds = max(float(counts[:, 4].max()), 1e-9)
+        metrics = mean_metrics(sums.sum(0))
+        metrics.pop("loss", None)  # transformers logs the mean over the steps
         metrics |= {
             "tokens_per_second": tokens / seconds,
             "tokens_per_second_per_gpu": tokens / seconds / processes,
@@ -190,14 +193,13 @@ class Throughput(TrainerCallback):
         if self._peak and self._shape:
             metrics["mfu"] = flops / seconds / processes / self._peak
         metrics["seconds_per_step"] = seconds / steps
-        metrics["seconds_waiting_for_data"] = gathered[:, 9].max() / steps
-        for column, part in enumerate(("forward", "backward", "optimizer"), 10):
-            metrics[f"seconds_{part}"] = gathered[:, column].mean() / steps
-        metrics["peak_memory_gib"] = gathered[:, 13].max()
+        metrics["seconds_waiting_for_data"] = counts[:, 5].max() / steps
+        for column, part in enumerate(("forward", "backward", "optimizer"), 6):
+            metrics[f"seconds_{part}"] = counts[:, column].mean() / steps
+        metrics["peak_memory_gib"] = counts[:, 9].max()
         self._clear()
-        end = 14 + len(extra)
-        by_source = self._sources.metrics(gathered[:, end:].sum(0))
-        return {name: float(value) for name, value in metrics.items()} | by_source, gathered[:, 14:end].tolist()
+        metrics = {name: float(value) for name, value in metrics.items()} | self._sources.metrics(by_source.sum(0))
+        return metrics, counts[:, 10:].tolist()
 
     def _peak_memory(self) -> float:
         """Return the peak GiB since the process began: PyTorch's on the GPU, or the process's on a CPU."""

@@ -13,11 +13,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallba
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 from trl import SFTConfig
 
-from train.data.dataset import PackedDataset, PaddedDataset
+from train.data.dataset import LOSS_WEIGHTS, PackedDataset, PaddedDataset
 from train.data.prepared_data import PreparedData
 from train.errors import UserError
 from train.loop.arguments import as_user_error, without_zero3
-from train.loop.batch_info import BATCH_INFO, BatchInfo, CountingCollator
+from train.loop.batch_info import BATCH_INFO, BatchInfo, CountingCollator, sum_loss_weights
 from train.loop.checkpoint.manifest import read_checkpoint
 from train.loop.checkpoint.weights import check_savable
 from train.loop.checkpointing import CheckpointingTrainer
@@ -26,7 +26,7 @@ from train.loop.fsdp import gather_output_layer
 from train.loop.guards.anomalies import Guards
 from train.loop.guards.packing_isolation import PackingIsolationTest
 from train.loop.layer_kernels import LayerKernels
-from train.loop.loss import FUSED_LOSSES, LossSums, fused_loss, score_labels
+from train.loop.loss import LossSums, check_weighable, fused_loss, mean_metrics, needs_logits, score_labels
 from train.loop.metrics_log import StepLog
 from train.loop.preemption import Preemption
 from train.loop.preemption_callback import EvaluationStoppedError, PreemptionCallback
@@ -35,7 +35,7 @@ from train.loop.sequence_slice import make_group
 from train.loop.source_figures import SourceFigures
 from train.loop.throughput import Throughput
 from train.model.adapters import check_adapter, lora_config
-from train.model.architecture import Architecture, inspect_architecture
+from train.model.architecture import try_inspect_architecture
 from train.model.attention.document_borders import takes_borders
 from train.model.attention.sequence_parallel import GROUP
 from train.model.text_part import build_meta_model, find_idle_parameters, freeze
@@ -96,7 +96,7 @@ class JanusTrainer(CheckpointingTrainer):
                 "all processes, so all of them would be dropped. Write false, or lower per_device_train_batch_size."
             )
         with without_zero3(arguments):
-            shape = _find_shape(recipe, model)
+            shape = try_inspect_architecture(recipe, model.config)
             idle = find_idle_parameters(build_meta_model(model.config, recipe.model))
         arguments.padding_free = recipe.data.packing or sharing > 1 or takes_borders(model)
         check_adapter(recipe.adapter, model, idle)
@@ -114,9 +114,10 @@ class JanusTrainer(CheckpointingTrainer):
                 callbacks=callbacks,
             )
         self.train_dataset = data.train.dataset
+        check_weighable(self, data)
         self.sequence_group = make_group(sharing)
         # Losses that TRL computes are transformers' means of batches: one without labels would have no mean.
-        eval_batch = 1 if self._needs_logits() else arguments.eval_batch_size * self._groups
+        eval_batch = 1 if needs_logits(self) else arguments.eval_batch_size * self._groups
         self.eval_dataset = PaddedDataset(data.validation.dataset, eval_batch) if data.validation else None
         self.data_collator = CountingCollator(self.data_collator, self.sequence_group)
         self._preemption = preemption or Preemption(recipe.output_dir, recipe.save)
@@ -195,10 +196,10 @@ class JanusTrainer(CheckpointingTrainer):
         return {**prepared, GROUP: self.sequence_group} if "shift_labels" in prepared else prepared
 
     def _set_signature_columns_if_needed(self) -> None:
-        """Let the data set's `sequence` through to the collator."""
+        """Let what the data set says of its sequences through to the collator."""
         super()._set_signature_columns_if_needed()
         if "sequence" not in self._signature_columns:
-            self._signature_columns = [*self._signature_columns, "sequence"]
+            self._signature_columns = [*self._signature_columns, "sequence", LOSS_WEIGHTS]
 
     def get_batch_samples(self, epoch_iterator: Iterator[Any], *args: Any, **kwargs: Any) -> tuple[list[Any], Any]:
         """Return the batches of one step, whose time begins here; none for a run that is over or has to stop.
@@ -210,6 +211,14 @@ class JanusTrainer(CheckpointingTrainer):
             return [], None
         self._throughput.begin_step()
         return super().get_batch_samples(self._throughput.time_batches(epoch_iterator), *args, **kwargs)
+
+    def _get_num_items_in_batch(self, batches: list[dict[str, Any]], device: torch.device) -> Any:
+        """Return the divisor of the losses of these batches: trained tokens or, with loss weights, their sum."""
+        total = sum_loss_weights(batches)
+        if total is None:
+            return super()._get_num_items_in_batch(batches, device)
+        total = total.to(device)
+        return self.accelerator.reduce(total) if self.args.average_tokens_across_devices else total
 
     def _build_accelerator_args(self, **kwargs: Any) -> dict[str, Any]:
         """Return the accelerator's arguments; training.torch_compile compiles the layers."""
@@ -237,31 +246,24 @@ class JanusTrainer(CheckpointingTrainer):
         Losses that need all logits or a router's are left to TRL, metrics included.
         """
         batch: BatchInfo = inputs.pop(BATCH_INFO)  # type: ignore[assignment]
-        if return_outputs or self._needs_logits():
+        weights = inputs.pop(LOSS_WEIGHTS, None)
+        if return_outputs or needs_logits(self):
             if self.model.training:
                 self._count(batch, None)
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         with self._throughput.timed("forward"):
             outputs = score_labels(model, self._unwrap(), inputs)
-            loss, token_losses = fused_loss(outputs, self.args, num_items_in_batch, self.accelerator.num_processes)
-        sums = LossSums.from_outputs(outputs)
+            processes = self.accelerator.num_processes
+            loss, token_losses = fused_loss(outputs, self.args, num_items_in_batch, processes, weights)
+        sums = LossSums.from_outputs(outputs, weights)
         if self.model.training:
             self._count(batch, sums)
             self._guards.add(batch, token_losses, outputs.label_mask)
-            self._sources.add(batch, token_losses, outputs.label_mask)
+            self._sources.add(batch, token_losses, outputs.label_mask, weights)
         else:
             self._evaluated = sums.plus(self._evaluated)
-            self._evaluated_sources.add(batch, -outputs.log_probs, outputs.label_mask)
+            self._evaluated_sources.add(batch, -outputs.log_probs, outputs.label_mask, weights)
         return loss
-
-    def _needs_logits(self) -> bool:
-        """Return whether the loss needs more than the probabilities of the labels."""
-        return (
-            self.aux_loss_enabled
-            or self.label_smoother is not None
-            or self.compute_loss_func is not None
-            or self.args.loss_type not in FUSED_LOSSES
-        )
 
     def _count(self, batch: BatchInfo, sums: LossSums | None) -> None:
         self._tokens_since_saved += int(batch.documents.sum()) if batch.is_counted_here else 0
@@ -364,17 +366,15 @@ class JanusTrainer(CheckpointingTrainer):
         return self._run_state.evaluation_is_due or super()._determine_best_metric(metrics, trial)
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
-        """Evaluate. transformers weighs each batch alike; the metrics reported here weigh each token alike."""
+        """Evaluate. transformers weighs each batch alike; here each token counts once, in the loss with its weight."""
         self._evaluated = None
         self._evaluated_sources.clear()
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-        own = self._evaluated or [torch.zeros((), dtype=torch.float64, device=self.args.device)] * 4
+        own = self._evaluated or [torch.zeros((), dtype=torch.float64, device=self.args.device)] * 5
         own_sums = torch.cat([torch.stack(list(own)), self._evaluated_sources.sums.flatten()])
-        loss, entropy, correct, tokens, *by_source = self.accelerator.reduce(own_sums, reduction="sum").tolist()
-        if tokens:
-            sums = {"loss": loss, "entropy": entropy, "mean_token_accuracy": correct}
-            output.metrics.update({f"{metric_key_prefix}_{name}": value / tokens for name, value in sums.items()})
-            output.metrics.update(self._evaluated_sources.metrics(by_source, f"{metric_key_prefix}_"))
+        sums = self.accelerator.reduce(own_sums, reduction="sum").tolist()
+        means = {f"{metric_key_prefix}_{name}": mean for name, mean in mean_metrics(sums[:5]).items()}
+        output.metrics.update(means | self._evaluated_sources.metrics(sums[5:], f"{metric_key_prefix}_"))
         if self._gain is not None:
             output.metrics.update(self._measure_gain(self._gain, metric_key_prefix))
         return output
@@ -398,11 +398,3 @@ class JanusTrainer(CheckpointingTrainer):
 def _first_sequence(sequences: PackedDataset) -> Dataset:
     """Return a Dataset of one sequence: TRL's constructor takes nothing else, and all rows may exceed the memory."""
     return Dataset.from_list([sequences[0]])
-
-
-def _find_shape(recipe: Recipe, model: PreTrainedModel) -> Architecture | None:
-    """Return the model's dimensions; None for architectures whose FLOPs can't be counted."""
-    try:
-        return inspect_architecture(recipe, model.config)
-    except UserError:
-        return None

@@ -74,6 +74,14 @@ class Architecture:
         return sum(parameter.elements for parameter in self.parameters if parameter.trained)
 
 
+def try_inspect_architecture(recipe: Recipe, config: PreTrainedConfig) -> "Architecture | None":
+    """Return the architecture as `inspect_architecture` does; None where it raises UserError."""
+    try:
+        return inspect_architecture(recipe, config)
+    except UserError:
+        return None
+
+
 def inspect_architecture(recipe: Recipe, config: PreTrainedConfig) -> Architecture:
     """Return the architecture of `config` with the adapter and quantization of the recipe. Loads no weights.
 

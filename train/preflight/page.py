@@ -83,6 +83,8 @@ def page(report: Report, control_tokens: Sequence[str], *, coloured: bool, width
             shown = [*_describe_part(part), *bars]
             for number, value in enumerate(shown):
                 line("" if number else name, value)
+    for number, value in enumerate(report.loss_weights):
+        line("" if number else "loss weight", value)
     for number, dropped in enumerate(report.outcomes):
         line("" if number else "dropped", describe_dropped(dropped), "yellow")
     if not report.outcomes:
@@ -135,6 +137,8 @@ def _show_examples(
         about = f"{example.tokens:,} tokens, {example.trained_tokens:,} trained"
         system = f"{'with' if example.system_message else 'without'} a system message"
         system += " of its own, with the default" if example.default_system else ""
+        if example.loss_weights != [1]:
+            system += f", loss weight {', '.join(f'{weight:g}' for weight in example.loss_weights)}"
         text.append(f"{wrap(f'--- {visible(example.place)}: {about}, {system}', width)}\n", _SECONDARY)
         short = [Piece(visible(fit(piece, example, control)), piece.trained) for piece in example.pieces]
         if marks:

@@ -10,7 +10,13 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from train.data.chat.system_role import describe_effect
-from train.data.diagnostics import DroppedRows, find_data_error, find_data_warnings, find_dropped_rows
+from train.data.diagnostics import (
+    DroppedRows,
+    describe_loss_weights,
+    find_data_error,
+    find_data_warnings,
+    find_dropped_rows,
+)
 from train.data.loss_mask import NOT_TRAINED
 from train.data.prepared_data import CachedSource, ExampleRow, PreparedData, SplitStats, UnreadText
 from train.data.stats import Bin, Overlap, Repeats, histogram, percentiles
@@ -37,7 +43,8 @@ class Piece:
 class Example:
     """One row as the model will see it; the texts of `pieces` in order are its text.
 
-    `default_system`: the default system message was inserted, as the conversation has none of its own.
+    - `default_system`: the default system message was inserted, as the conversation has none of its own;
+    - `loss_weights`: of its trained tokens, each value once.
     """
 
     place: str
@@ -45,6 +52,7 @@ class Example:
     trained_tokens: int
     system_message: bool
     default_system: bool
+    loss_weights: list[float]
     pieces: list[Piece]
 
 
@@ -57,6 +65,7 @@ class SplitReport:
     - `lengths` (percentiles, in tokens), `histogram`, `longest_tokens`: of all rows before truncation and dropping;
     - `filling`: share of the sequences' capacity that holds tokens, 0 to 1; null without packing;
     - `duplicates`: rows equal to another, except those that a source's weight repeats;
+    - `rows_with_loss_weight`: rows of which a part has a loss weight other than 1;
     - `rows_with_default_system`: rows without a system message of their own into which a default is inserted.
     """
 
@@ -68,6 +77,7 @@ class SplitReport:
     rows_with_system_message: int
     rows_with_default_system: int
     distinct_system_messages: int
+    rows_with_loss_weight: int
     lengths: dict[str, int]
     histogram: list[Bin]
     longest_tokens: int
@@ -90,6 +100,7 @@ class Report:
       changes nothing;
     - `chat`: the settings of the recipe; `system_messages`: sentences on their effect, found by rendering;
     - `validation`: null if the recipe has none;
+    - `loss_weights`: sentences on rows and sources with loss weights other than 1;
     - `caches`: where the tokens of each source are kept;
     - `outcomes`: dropped rows; `unread`: columns and keys of messages that no format reads;
     - `system_gain`: a sentence on the rows that each evaluation measures it on;
@@ -112,6 +123,7 @@ class Report:
     packing: bool
     training: SplitReport
     validation: SplitReport | None
+    loss_weights: list[str]
     caches: list[CachedSource]
     outcomes: list[DroppedRows]
     unread: list[UnreadText]
@@ -153,7 +165,7 @@ def build_report(
         recipe.training, sequences, stats.tokens / max(sequences, 1), processes, recipe.model.sequence_parallel
     )
     all_errors = [
-        find_data_error(data, recipe.data),
+        find_data_error(data, recipe),
         gain_metric_error(recipe, gain),
         *find_run_errors(recipe, stats.sequences, processes),
         schedule_error(recipe.training, steps),
@@ -181,6 +193,7 @@ def build_report(
         packing=recipe.data.packing,
         training=_part(stats, recipe, has_default),
         validation=_part(data.validation.stats, recipe, has_default) if data.validation else None,
+        loss_weights=describe_loss_weights(data, recipe.data),
         caches=list(data.caches),
         outcomes=find_dropped_rows(data, recipe.data),
         unread=list(data.unread),
@@ -258,6 +271,7 @@ def _part(stats: SplitStats, recipe: Recipe, has_default: bool) -> SplitReport:
         rows_with_system_message=stats.rows_with_system,
         rows_with_default_system=stats.rows - stats.rows_with_system if has_default else 0,
         distinct_system_messages=stats.distinct_systems,
+        rows_with_loss_weight=stats.rows_with_loss_weight,
         lengths=percentiles(stats.lengths),
         histogram=histogram(stats.lengths),
         longest_tokens=stats.longest,
@@ -277,5 +291,6 @@ def _example(tokenizer: PreTrainedTokenizerBase, row: ExampleRow, has_default: b
         trained_tokens=int((row.labels != NOT_TRAINED).sum()),
         system_message=row.has_system,
         default_system=has_default and not row.has_system,
+        loss_weights=row.loss_weights,
         pieces=split_pieces(tokenizer, row.input_ids.tolist(), row.labels.tolist()),
     )

@@ -5,7 +5,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from train.data.diagnostics import describe_dropped, describe_unread, find_data_warnings, find_dropped_rows
+from train.data.diagnostics import (
+    describe_dropped,
+    describe_loss_weights,
+    describe_unread,
+    find_data_warnings,
+    find_dropped_rows,
+)
 from train.data.prepared_data import PreparedData, SplitStats
 from train.formatting import format_count, visible, wrap
 from train.recipe import Recipe
@@ -59,6 +65,7 @@ def start_screen(
         *compile_warnings(arguments),
         *schedule_warnings(recipe.training, steps, len(data.train.dataset)),
     ]
+    weights = describe_loss_weights(data, recipe.data)
     groups = data_parallel(arguments.world_size, recipe.model.sequence_parallel)
     lines = [
         ("model", f"{recipe.model.name_or_path}, {recipe.model.dtype}"),
@@ -69,6 +76,7 @@ def start_screen(
         ("template", template),
         *_describe("data", data.train.stats, recipe),
         *(_describe("validation", data.validation.stats, recipe) if data.validation else []),
+        *(("" if number else "loss weight", value) for number, value in enumerate(weights)),
         *(("dropped", describe_dropped(dropped)) for dropped in find_dropped_rows(data, recipe.data)),
         *(("" if number else "not read", value) for number, value in enumerate(describe_unread(data.unread))),
         *(("warning", warning) for warning in warnings),

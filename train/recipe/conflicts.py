@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from train.recipe.lr_schedules import FOLLOWS_EVALUATION
-from train.recipe.sft_config import CONFIG_FILES, with_defaults
+from train.recipe.sft_config import CONFIG_FILES, TOKEN_LOSSES, with_defaults
 from train.recipe.yaml_document import Document, closest_match, describe_value, did_you_mean, suggest_files
 
 _METRICS = (
@@ -69,6 +69,13 @@ def training_conflicts(training: Mapping[str, Any], *, has_validation: bool) -> 
 def is_gain_metric(metric: Any) -> bool:
     """Return whether a `metric_for_best_model` is one of system gain's."""
     return isinstance(metric, str) and metric.removeprefix("eval_").startswith("system_")
+
+
+def key_of_other_loss(training: Mapping[str, Any]) -> str | None:
+    """Return the key that makes the loss another one than `TOKEN_LOSSES`, which TRL computes; None if none does."""
+    if training.get("label_smoothing_factor"):
+        return "training.label_smoothing_factor"
+    return None if training.get("loss_type", "nll") in TOKEN_LOSSES else "training.loss_type"
 
 
 def _wrong_direction(training: Mapping[str, Any]) -> Iterator[Conflict]:
@@ -180,9 +187,8 @@ def _check_sequence_parallel(document: Document) -> None:
     if training.get("neftune_noise_alpha"):
         reason = "the noise of training.neftune_noise_alpha depends on the length of the sequence"
         document.add_error(key, f"{reason}, which no process sees. Remove it, or write 1 here.")
-    if training.get("label_smoothing_factor") or training.get("loss_type", "nll") not in ("nll", "dft"):
-        loss = "label_smoothing_factor" if training.get("label_smoothing_factor") else "loss_type"
-        document.add_error(key, f"training.{loss} needs the logits of all tokens. Remove it, or write 1 here.")
+    if loss := key_of_other_loss(training):
+        document.add_error(key, f"{loss} needs the logits of all tokens. Remove it, or write 1 here.")
 
 
 def _check_use_kernels(document: Document) -> None:

@@ -6,13 +6,13 @@ Nothing heavy is imported here: all errors in a recipe are reported at once, wit
 """
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, PrivateAttr, Tag
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, PrivateAttr, Tag, model_serializer
 
 from train.recipe.sft_config import training_fields
 from train.recipe.validation import validate_recipe
@@ -153,10 +153,20 @@ Sources = Annotated[tuple[Source, ...], Field(strict=False, min_length=1)]
 class TrainingSource(Source):
     """A source of training or validation rows."""
 
+    loss_weight: float = Field(default=1.0, ge=0.000_001, le=1_000_000)
+    """Factor of the losses of the source's trained tokens, times the `loss_weight` of a row and of a message where they
+    have one. The loss is the weighted mean over the tokens of a step; rows are seen as often as before."""
     min_gain: PathText | None = None
     """File gain_rows.jsonl that `scripts/evaluate.py gain` wrote of these rows: those with a gain of 0 or less, whose
     answer is no likelier under its own system message than under others, are left out. Rows that the file does not
     have stay. null = all rows stay."""
+
+    @model_serializer(mode="wrap")
+    def _leave_out_defaults(self, serialize: Callable[["TrainingSource"], dict[str, Any]]) -> dict[str, Any]:
+        """Return the fields, these two only if they are set: records of runs from before they were there stay equal."""
+        defaults = {"loss_weight": 1.0, "min_gain": None}
+        values = serialize(self)
+        return {name: value for name, value in values.items() if name not in defaults or value != defaults[name]}
 
 
 TrainingSources = Annotated[tuple[TrainingSource, ...], Field(strict=False, min_length=1)]

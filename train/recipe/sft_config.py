@@ -26,6 +26,10 @@ _CLASSES = (
 
 _BUILT_IN: dict[str, Any] = {"str": str, "int": int, "float": float, "bool": bool, "dict": dict, "list": list}
 
+TOKEN_LOSSES = ("nll", "dft", "chunked_nll")
+"""Values of `loss_type` that need only the probability of each label, which we compute; chunked_nll is TRL's older name
+of nll."""
+
 OWNED: dict[str, str] = {
     "max_length": "write `data.max_length`",
     "truncation_mode": "write `data.overlong`",

@@ -388,7 +388,7 @@ BAD_ROWS: dict[str, tuple[str, dict[str, Any], str, str]] = {
         "`tools`",
     ),
     "train of a wrong type": ("messages", {"messages": [USER, {**ASSISTANT, "train": "no"}]}, "wrong type", "`train`"),
-    "half a weight": ("messages", {"messages": [USER, {**ASSISTANT, "weight": 0.5}]}, "wrong type", "`weight`"),
+    "a negative weight": ("messages", {"messages": [USER, {**ASSISTANT, "weight": -0.5}]}, "wrong type", "`weight`"),
     "history of texts": (
         "alpaca",
         {"instruction": "i", "output": "o", "history": ["a"]},

@@ -163,7 +163,7 @@ FAULTS: dict[str, tuple[dict[str, Any], str, str]] = {
     "two kinds of tools": ({"messages": [USER, ASSISTANT], "tools": [CALL], "functions": [{"name": "g"}]}, "conflicting values", "`functions`"),
     "two switches": ({"messages": [USER, {**ASSISTANT, "loss": True, "weight": 0}]}, "conflicting values", "contradict"),
     "part of a message": ({"messages": [USER, {**ASSISTANT, "train_detail": [{"begin_offset": 0, "end_offset": 1, "train": True}]}]}, "unsupported loss switch", "`train_detail`"),
-    "half a loss": ({"messages": [USER, {**ASSISTANT, "loss_scale": 0.5}]}, "wrong type", "`loss_scale`"),
+    "half a switch": ({"messages": [USER, {**ASSISTANT, "trainable": 0.5}]}, "wrong type", "`trainable`"),
     "loss by turns": ({"messages": [USER, {**ASSISTANT, "loss_scale": [1, 0]}]}, "wrong type", "`loss_scale`"),
     "a trained user": ({"messages": [{**USER, "training": True}, ASSISTANT]}, "unsupported loss switch", "message 1 (user)"),
     "an unmasked user": ({"messages": [{**USER, "masked": False}, ASSISTANT]}, "unsupported loss switch", "`masked`"),
@@ -321,7 +321,7 @@ def test_a_check_refuses_content_that_is_not_read_and_says_what_to_write(
         tokenizer = load_tokenizer(loaded.model)
         use_template(tokenizer, loaded.chat.template)
         data = examine(loaded, tokenizer)
-        return data, find_data_error(data, loaded.data)
+        return data, find_data_error(data, loaded)
 
     data, error = examined("why", "messages[].note")
     assert error is None

@@ -150,9 +150,11 @@ def test_other_rows_are_refused_with_source_and_counts(
     other[5]["messages"][0]["content"] = "cloud 4"  # as many tokens
     shorter = json.loads(json.dumps(ROWS))
     shorter[0]["messages"][1]["content"] = "seven"
+    weighted = [*ROWS[:7], {**ROWS[7], "loss_weight": 0.5}]
     for rows, now in (
         (other, "the same number of others"),
         (ROWS[::-1], "the same number of others"),
+        (weighted, "the same number of others"),
         (ROWS[:7], "7 rows of "),
         (rows_of(9), "9 rows of "),
         (shorter, "8 rows of "),
@@ -176,6 +178,9 @@ def test_a_policy_or_a_template_that_changes_tokens_is_refused(resumed: Callable
         resumed(f"chat.template={own}")
     with pytest.raises(UserError, match=r"data\.sources was .* and is "):
         resumed("data.sources.0.weight=0.5")
+    with pytest.raises(UserError, match=r"data\.sources was .* and is .*'loss_weight': 0\.5"):
+        resumed("data.sources.0.loss_weight=0.5")
+    resumed("data.sources.0.loss_weight=0.5", anyway=("data.sources",))
     with pytest.raises(UserError, match=r"data\.validation was None and is 0\.25"):
         resumed("data.validation=0.25")
     resumed("data.validation=0.25", anyway=("data.validation",))  # which rows and how they are packed follows

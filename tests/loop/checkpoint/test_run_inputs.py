@@ -129,7 +129,18 @@ def test_the_same_rows_under_another_path_are_no_change(path: str, finish: Calla
     assert why(f"data.sources.0.path={path.format(here=tmp_path)}") is None
     rows(tmp_path / "other.jsonl", "cloud")
     assert "data.sources was " in str(why("data.sources.0.path=other.jsonl"))
-    assert "data.sources was " in str(why(f"data.sources=[{{path: {path.format(here=tmp_path)}, weight: 2.0}}]"))
+    for weight in ("weight", "loss_weight"):
+        source = f"data.sources=[{{path: {path.format(here=tmp_path)}, {weight}: 2.0}}]"
+        assert "data.sources was " in str(why(source))
+
+
+def test_records_without_loss_weights_are_those_of_earlier_versions(recipe_file: Callable[..., Path]) -> None:
+    """A key with its default is in no record, so that runs of before it was there are found again."""
+    recipe = load_recipe(recipe_file())
+    for text in (json.dumps(inputs_fingerprint(recipe)), recipe.to_yaml()):
+        assert "loss_weight" not in text
+    weighted = load_recipe(recipe_file(), ["data.sources.0.loss_weight=2.0"])
+    assert "loss_weight: 2.0" in weighted.to_yaml()
 
 
 @pytest.mark.parametrize("name", ["README.md", ".DS_Store", "_SUCCESS", "dataset_infos.json", "test.jsonl", "note.txt"])

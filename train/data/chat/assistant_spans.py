@@ -50,6 +50,7 @@ from train.data.chat.rendering import (
     show_sentinels,
 )
 from train.data.sources.formats import Message, RowError
+from train.data.sources.loss_weights import LOSS_WEIGHT, weight_of
 from train.data.sources.unread_text import Unread
 from train.errors import UserError
 
@@ -58,15 +59,16 @@ TrainOn = Literal["assistant", "last"]
 NO_TOOLS = "refused by the template, with tools in the conversation"
 """The kind of error of a row that a template with tools could write."""
 _NO_PROMPT = "answer doesn't follow its prompt"
-_ALWAYS_CHECKED = {"role", "content", "train"}
-"""Message keys that `check_answer` and `check_others` cover."""
+_ALWAYS_CHECKED = {"role", "content", "train", LOSS_WEIGHT}
+"""Message keys that `check_answer` and `check_others` cover, and those that no template writes."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Turn:
     """One answer to train, of messages `first` to `last` (several where the template merges answers).
 
-    `row`: the text of the conversation up to it, as a row of its own; `end`: the end of its end token there.
+    `row`: the text of the conversation up to it, as a row of its own; `end`: the end of its end token there; `weight`:
+    its loss weight.
     """
 
     first: int
@@ -74,6 +76,7 @@ class _Turn:
     row: str
     end: int
     spans: list[Span]
+    weight: float
 
 
 class SpanFinder:
@@ -131,7 +134,7 @@ class SpanFinder:
             raise
 
     def _rows(self, messages: list[Message], tools: Tools, train_on: TrainOn) -> list[Rendering]:
-        targets = [number for number in _answers(messages) if messages[number].get("train", True)]
+        targets = [number for number in _answers(messages) if weight_of(messages[number])]
         targets = targets[-1:] if train_on == "last" else targets
         if not targets:
             raise RowError("nothing to train", "no assistant turn that is to be trained")
@@ -146,7 +149,7 @@ class SpanFinder:
         answers = _answers(messages)
         if len(answers) != len(marks):
             return []
-        spans = []
+        spans, weights = [], []
         for number, (start, end) in zip(answers, marks, strict=True):
             ending = self._format.call_ending if messages[number].get("tool_calls") else self._format.ending
             if ending is None:
@@ -158,7 +161,8 @@ class SpanFinder:
             check_answer(messages[number], text[start:end])
             if number in targets:
                 spans.append((start, end))
-        rendering = Rendering(text, spans)
+                weights.append(weight_of(messages[number]))
+        rendering = _render_spans(text, spans, weights)
         check_others(messages, tools, rendering)
         return [rendering]
 
@@ -173,8 +177,10 @@ class SpanFinder:
                 continue  # part of the turn that it was merged into
             rendered = (text, marks) if number == last else self._format.render(messages[: number + 1], tools)
             turn = self._find_turn(messages, number, tools, rendered)
-            if not all(message.get("train", True) for message in messages[turn.first : number]):
-                raise RowError("answers merged by the template", f"message {number + 1} with one that isn't trained")
+            for message in messages[turn.first : number]:
+                if weight_of(message) != turn.weight:
+                    kind = "of another loss weight" if weight_of(message) else "that isn't trained"
+                    raise RowError("answers merged by the template", f"message {number + 1} with one {kind}")
             turns.append(turn)
         renderings: list[Rendering] = []
         while turns:
@@ -183,7 +189,9 @@ class SpanFinder:
             row = text if is_complete else turn.row
             held = [other for other in turns if row.startswith(other.row[: other.end])]
             turns = [other for other in turns if other not in held]
-            rendering = Rendering(row, [span for other in reversed(held) for span in other.spans])
+            spans = [span for other in reversed(held) for span in other.spans]
+            weights = [other.weight for other in reversed(held) for _ in other.spans]
+            rendering = _render_spans(row, spans, weights)
             check_others(messages if is_complete else messages[: turn.last + 1], tools, rendering)
             renderings.append(rendering)
         return renderings[::-1]
@@ -224,7 +232,7 @@ class SpanFinder:
             if len(spans) == 1:
                 window = text[max(0, spans[0][0] - self._format.header) : end]
                 check_answer(messages[number], window, last_part=True)
-        return _Turn(first, number, row, end, spans)
+        return _Turn(first, number, row, end, spans, weight_of(messages[number]))
 
     def _next_token(self, messages: list[Message], number: int, tools: Tools, text: str) -> str:
         """Return the control token that begins the message after `number`, if it leaves `text` unchanged, or ""."""
@@ -293,6 +301,10 @@ class SpanFinder:
             except RowError as error:
                 results.append(error.kind)
         return results[0] in ([], results[1])
+
+
+def _render_spans(text: str, spans: list[Span], weights: list[float]) -> Rendering:
+    return Rendering(text, spans, weights if any(weight != 1 for weight in weights) else ())
 
 
 def _has_tools(messages: list[Message], tools: Tools) -> bool:

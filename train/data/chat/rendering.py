@@ -22,10 +22,14 @@ _THINK_TAG = re.compile(r"</?think>")
 
 @dataclass(frozen=True, slots=True)
 class Rendering:
-    """A conversation as text, with the character spans that the model is trained to write."""
+    """A conversation as text, with the character spans that the model is trained to write.
+
+    `weights`: the loss weight of each span; empty if all are 1.
+    """
 
     text: str
     spans: list[Span]
+    weights: Sequence[float] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,15 +11,15 @@
 | exchanges         | `conversation`: exchanges of input and output (Capybara), or turns of role and content (LMSYS)   |
 
 All formats also read a system message (`SYSTEM_COLUMNS`), which becomes the first message; tool definitions
-(`TOOL_COLUMNS`: a list or its JSON, also in OpenAI's older form without the wrapper); and `chat_template_kwargs`, which
-are variables of the template, as in TRL. janus, alpaca and question_answer also read `history`, pairs of question and
-answer. `input` and `context` (Dolly) follow the question in the user turn, on a new line. A list of turns or tools may
-be a JSON string, as in CSV. Two columns of the same meaning that differ are a row error. Other columns, and other keys
-of messages (`train.data.sources.turns`), are collected in `unread`.
+(`TOOL_COLUMNS`: a list or its JSON, also in OpenAI's older form without the wrapper); `loss_weight`, a number; and
+`chat_template_kwargs`, which are variables of the template, as in TRL. janus, alpaca and question_answer also read
+`history`, pairs of question and answer. `input` and `context` (Dolly) follow the question in the user turn, on a new
+line. A list of turns or tools may be a JSON string, as in CSV. Two columns of the same meaning that differ are a row
+error. Other columns, and other keys of messages (`train.data.sources.turns`), are collected in `unread`.
 
-A message keeps role, content, tool_calls, name, tool_call_id, reasoning_content and train. Text is never trimmed or
-changed. An empty or blank system message is left out; any other stays at its position, or the row is an error. Turns
-after the last answer are kept, untrained.
+A message keeps role, content, tool_calls, name, tool_call_id, reasoning_content, train and loss_weight. Text is never
+trimmed or changed. An empty or blank system message is left out; any other stays at its position, or the row is an
+error. Turns after the last answer are kept, untrained.
 """
 
 import json
@@ -27,6 +27,7 @@ from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from train.data.sources.loss_weights import LOSS_WEIGHT, apply_row_weight, weight_of
 from train.data.sources.row_errors import ROW_ERROR_KINDS as ROW_ERROR_KINDS
 from train.data.sources.row_errors import RowError as RowError
 from train.data.sources.row_errors import check_text, first_filled, parse_json, preview
@@ -45,7 +46,7 @@ _JANUS_PROMPTS = ("prompt", "user_prompt", "instruction")
 _QUESTIONS = ("question", "query", "instruction")
 _ANSWERS = ("answer", "response")
 _CONTEXTS = ("input", "context")
-_BESIDE = frozenset((*SYSTEM_COLUMNS, *TOOL_COLUMNS, TEMPLATE_KWARGS))
+_BESIDE = frozenset((*SYSTEM_COLUMNS, *TOOL_COLUMNS, TEMPLATE_KWARGS, LOSS_WEIGHT))
 _READ = {
     "messages": _BESIDE | {"messages"},
     "sharegpt": _BESIDE | {"conversations"},
@@ -72,8 +73,8 @@ _RESERVED = frozenset(
 class Conversation:
     """One row as chat templates take it.
 
-    - `messages`: role and content, and where given tool_calls, name, tool_call_id, reasoning_content and train (false:
-      the turn is not trained).
+    - `messages`: role and content, and where given tool_calls, name, tool_call_id, reasoning_content, train (false:
+      the turn is not trained) and loss_weight (the row's own included).
     - `place`: the position in its file, ":12" or " row 12"; lines and rows count from 1.
     - `template_kwargs`: variables that the row sets for the template.
     """
@@ -169,8 +170,9 @@ def convert(
     if not answers:
         roles = ", ".join(message["role"] for message in kept[:8]) or "none"
         raise RowError("no assistant turn", f"the roles are: {roles}")
-    if not any(message.get("train", True) for message in answers):
+    if not any(map(weight_of, answers)):
         raise RowError("no assistant turn", "each has a loss switch that turns it off")
+    apply_row_weight(row.get(LOSS_WEIGHT), answers)
     return kept, tools
 
 

@@ -6,20 +6,18 @@
 | content           | `content`, `value` (ShareGPT); a text or a list of text parts                                    |
 | reasoning         | `reasoning_content` (most templates), `thinking` (gpt-oss, LFM2.5), `reasoning` (vLLM)           |
 | tool calls        | `tool_calls`, `function_call` (OpenAI's older name)                                              |
-| loss switch       | true or 1, false or 0: `train`, `training` (axolotl), `weight` (OpenAI, Mistral), `loss`,        |
-|                   | `loss_scale` (ms-swift), `loss_weight` (LLaMA-Factory), `trainable`;                |
-|                   | reversed: `masked` (torchtune)                                                                   |
+| loss weight       | see `train.data.sources.loss_weights`                                                            |
 | kept unchanged    | `name`, `tool_call_id`                                                                           |
 
-Two names of one thing with different values are a row error. So are switches for a part of a message (axolotl's
-`train_detail`), for a fraction of its loss (`weight: 0.5`), and those that train a message which is not an answer.
-Other keys are collected in `unread`.
+Two names of one thing with different values are a row error. So are loss switches for a part of a message (axolotl's
+`train_detail`), and those that train a message which is not an answer. Other keys are collected in `unread`.
 """
 
 import json
 from typing import Any
 
-from train.data.sources.row_errors import RowError, check_text, first_filled, is_blank, parse_json, preview
+from train.data.sources.loss_weights import WEIGHT_KEYS, read_weight, set_weight
+from train.data.sources.row_errors import RowError, check_text, first_filled, parse_json, preview
 from train.data.sources.unread_text import Unread, collect
 
 Message = dict[str, Any]
@@ -50,10 +48,8 @@ _CONTENT_KEYS = ("content", "value")
 _REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")
 _CALL_KEYS = ("tool_calls", "function_call")
 _KEPT_KEYS = ("name", "tool_call_id")
-_SWITCHES = ("train", "training", "weight", "loss", "loss_scale", "loss_weight", "trainable", "masked")
-_PART_SWITCHES = ("train_detail", "training_detail")
 _PLAIN_KEYS = frozenset((*_ROLE_KEYS, *_CONTENT_KEYS))
-TURN_KEYS = _PLAIN_KEYS.union(_REASONING_KEYS, _CALL_KEYS, _KEPT_KEYS, _SWITCHES, _PART_SWITCHES)
+TURN_KEYS = _PLAIN_KEYS.union(_REASONING_KEYS, _CALL_KEYS, _KEPT_KEYS, WEIGHT_KEYS)
 """The message keys that are read."""
 
 
@@ -101,9 +97,10 @@ def _turn(turn: Any, number: int, column: str, unread: Unread) -> Message:
         if role != "assistant":
             raise RowError("wrong type", f"message {number} ({role}) has `{key}`, which only an assistant writes")
         message["reasoning_content"] = check_text(turn[key], f"`{key}` of message {number}")
-    train = _read_switches(turn, number, role)
-    if train is not None:
-        message["train"] = train
+    weight = read_weight(turn, number, role)
+    if weight is not None:
+        message["train"] = weight > 0
+        set_weight(message, weight)
     for key in extra_keys - TURN_KEYS:
         collect(unread, f"{column}[].{key}", turn[key])
     return message
@@ -127,34 +124,6 @@ def _role(turn: Message, number: int, column: str, unread: Unread) -> tuple[Any,
         if not isinstance(other, str) or other not in ROLES:
             collect(unread, f"{column}[].from", other)
     return name, role
-
-
-def _read_switches(turn: Message, number: int, role: str) -> bool | None:
-    """Return whether the loss switches of a turn train it; None without switches. Raises RowError."""
-    for key in _PART_SWITCHES:
-        if not is_blank(turn.get(key)):
-            raise RowError(
-                "unsupported loss switch",
-                f"`{key}` of message {number} is for parts of it; a message is trained completely or not at all",
-            )
-    train: bool | None = None
-    first = ""
-    for key in _SWITCHES:
-        value = turn.get(key)
-        if value is None:
-            continue
-        if not isinstance(value, bool | int | float) or value not in (0, 1):
-            raise RowError("wrong type", f"`{key}` of message {number} is {preview(value)}; it must be true or false")
-        trains = bool(value) != (key == "masked")
-        if train is not None and trains != train:
-            raise RowError("conflicting values", f"message {number}: `{first}` and `{key}` contradict each other")
-        train, first = trains, key
-    if train and role != "assistant":
-        raise RowError(
-            "unsupported loss switch",
-            f"`{first}` of message {number} ({role}) would train it; only the assistant's messages are trained",
-        )
-    return train
 
 
 def _content(content: Any, number: int, column: str, unread: Unread) -> str:

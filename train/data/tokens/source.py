@@ -18,6 +18,7 @@ from train.data.cache import Entry, cache_key, default_folder, get_or_build, rep
 from train.data.chat.template import date_of
 from train.data.fast_tokenizer import TokensDifferError
 from train.data.sources.formats import select_read_names
+from train.data.sources.loss_weights import LOSS_WEIGHT
 from train.data.sources.source import OpenSource, chunks_and_format, open_source
 from train.data.tokens.table import RowIssues, TokensDigest, write_table
 from train.data.tokens.workers import RowTokenizer, tokenize
@@ -46,12 +47,14 @@ def tokenize_source(
         opened = open_source(source, recipe.data.allow_pickle)
         with progress_bar(f"tokenizing {source.path}", unit="rows") as bar:
             fingerprint = _fingerprint(source, opened, recipe, tokenizer)
-            entry = get_or_build(
-                cache_folder(recipe),
-                cache_key(fingerprint),
-                lambda folder: _write(folder, source, opened, fingerprint["rows"], recipe, tokenizer, bar),
-                bar,
-            )
+
+            def build(folder: Path) -> dict[str, Any]:
+                return _write(folder, source, opened, fingerprint["rows"], recipe, tokenizer, bar)
+
+            entry = get_or_build(cache_folder(recipe), cache_key(fingerprint), build, bar)
+            if _lacks_loss_weights(entry):
+                key = cache_key({**fingerprint, "loss_weights": True})
+                entry = get_or_build(cache_folder(recipe), key, build, bar)
             return entry, opened
     except UserError as error:
         names_key = str(error).startswith(("data.", "chat."))
@@ -75,6 +78,15 @@ def _fingerprint(
         "policies": [chat.train_on, chat.control_tokens_in_text],
         "packages": [importlib.metadata.version(name) for name in ("transformers", "tokenizers", "jinja2")],
     }
+
+
+def _lacks_loss_weights(entry: Entry) -> bool:
+    """Return whether an earlier version, for which loss weights were a column unread or errors, made an entry of them.
+
+    The rest of its entries are as they would be now.
+    """
+    unread, errors = entry.facts["unread"], entry.facts["errors"]
+    return "loss_weights" not in entry.facts and (LOSS_WEIGHT in unread or "wrong type" in errors)
 
 
 def _write(
@@ -107,6 +119,7 @@ def _write(
         "source": source.path,
         "rows": counter.rows,
         "tokens": counter.digest.facts(),
+        "loss_weights": counter.digest.has_loss_weights,
         "errors": counter.issues.errors,
         "escaped": counter.issues.escaped,
         "unread": counter.issues.unread,

@@ -1,14 +1,16 @@
 """Token table: tokenized rows in an Arrow stream, mapped into memory.
 
-A row takes 4 bytes a token and about 8 for each trained span. Places are stored without the file's name, and digests
+A row takes 4 bytes a token and about 8 for each trained span. A table with a loss weight other than 1 has those of all
+spans in a file beside it. Places are stored without the file's name, and digests
 instead of texts, so the content depends on the rows alone and not on their paths. `datasets.Dataset.from_file` opens
 the file too.
 """
 
 import json
 from bisect import bisect_right
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from numpy.typing import NDArray
 
 from train.data.loss_mask import EncodedRow
 from train.data.sources.formats import Conversation, Message, RowError
+from train.data.sources.loss_weights import LOSS_WEIGHT
 from train.data.sources.unread_text import Unread, find_lost_text
 
 _DIGEST = pyarrow.binary(16)
@@ -35,6 +38,10 @@ SCHEMA = pyarrow.schema(
         "systems": pyarrow.list_(_DIGEST),
     }
 )
+_LOSS_WEIGHTS = "loss_weights"
+"""Column of a batch with a loss weight other than 1: that of each trained span."""
+_WEIGHTS_FILE = ".loss_weights"
+"""Ending of the file beside a table that holds this column of all batches: float32, little-endian."""
 _PLAIN_KEYS = {"role", "content"}
 _EXAMPLES = 3
 _PREVIEW = 60
@@ -87,7 +94,10 @@ def _printable(text: str) -> str:
 
 
 def make_batch(file: int, rows: Sequence[tuple[Conversation, Sequence[EncodedRow]]]) -> pyarrow.RecordBatch:
-    """Return a record batch of `SCHEMA` with the rows of conversations of one file. `file`: its number."""
+    """Return a record batch of `SCHEMA` with the rows of conversations of one file, and perhaps their loss weights.
+
+    `file`: its number.
+    """
     items = [
         (conversation, encoded, number == 0) for conversation, parts in rows for number, encoded in enumerate(parts)
     ]
@@ -107,17 +117,39 @@ def make_batch(file: int, rows: Sequence[tuple[Conversation, Sequence[EncodedRow
         "question": [digests[id(conversation)][1] for conversation, _, _ in items],
         "systems": [digests[id(conversation)][2] for conversation, _, _ in items],
     }
-    return pyarrow.record_batch([pyarrow.array(columns[column.name], column.type) for column in SCHEMA], schema=SCHEMA)
+    batch = pyarrow.record_batch([pyarrow.array(columns[column.name], column.type) for column in SCHEMA], schema=SCHEMA)
+    if any(encoded.weights is not None for _, encoded, _ in items):
+        batch = batch.append_column(
+            _LOSS_WEIGHTS, _lists([encoded.span_weights for _, encoded, _ in items], np.float32)
+        )
+    return batch
 
 
-def _lists(values: Sequence[NDArray[np.int32]]) -> pyarrow.ListArray:
+def _lists(values: Sequence[NDArray[Any]], kind: Any = np.int32) -> pyarrow.ListArray:
     ends = np.cumsum([0, *map(len, values)]).astype(np.int32)
-    return pyarrow.ListArray.from_arrays(ends, np.concatenate([np.empty(0, np.int32), *values]))
+    return pyarrow.ListArray.from_arrays(ends, np.concatenate([np.empty(0, kind), *values]))
+
+
+def has_loss_weights(batch: pyarrow.RecordBatch) -> bool:
+    """Return whether a batch of `make_batch` has a loss weight other than 1."""
+    return _LOSS_WEIGHTS in batch.schema.names
+
+
+def _span_weights(batch: pyarrow.RecordBatch) -> NDArray[np.float32]:
+    """Return the loss weights of all trained spans of a batch of `make_batch`, in order."""
+    if has_loss_weights(batch):
+        offsets, values = _offsets_and_values(batch[_LOSS_WEIGHTS], np.float32)
+    else:
+        offsets = _offsets_and_values(batch["trained"])[0] // 2
+        values = np.ones(int(offsets[-1]), np.float32)
+    return values[offsets[0] : offsets[-1]]
 
 
 def digest_conversation(conversation: Conversation) -> bytes:
     """Return a digest of the messages, tools and template variables of a conversation: 16 bytes."""
     messages = conversation.messages
+    if any(LOSS_WEIGHT in message for message in messages):  # the same row, however it weighs
+        messages = [{key: message[key] for key in message if key != LOSS_WEIGHT} for message in messages]
     extras = [part for part in (conversation.tools, conversation.template_kwargs) if part is not None]
     if not extras and all(message.keys() == _PLAIN_KEYS for message in messages):
         text = "\0".join([text for message in messages for text in (message["role"], message["content"])])
@@ -142,10 +174,15 @@ def _digest(text: str) -> bytes:
 
 
 class TokensDigest:
-    """Digest of the tokens and trained spans of all rows in order; how they are split into batches doesn't matter."""
+    """Digest of the tokens, trained spans and loss weights of all rows in order.
+
+    How the rows are split into batches doesn't matter, and weights count only if one of them isn't 1.
+    """
 
     def __init__(self) -> None:
         self._streams = [xxhash.xxh3_128() for _ in range(5)]
+        self._weights = xxhash.xxh3_128()
+        self.has_loss_weights = False
         self._rows = self._tokens = self._trained = 0
 
     def add(self, batch: pyarrow.RecordBatch) -> None:
@@ -157,13 +194,16 @@ class TokensDigest:
             columns += [np.diff(offsets), values[offsets[0] : offsets[-1]]]
         for stream, column in zip(self._streams, columns, strict=True):
             stream.update(column.astype("<i4", copy=False).tobytes())
+        self._weights.update(_span_weights(batch).astype("<f4", copy=False).tobytes())
+        self.has_loss_weights |= has_loss_weights(batch)
         self._rows += batch.num_rows
         self._tokens += int(ids[0][-1] - ids[0][0])
         self._trained += int(_int32(batch["trained_tokens"]).sum())
 
     def facts(self) -> dict[str, Any]:
         """Return the digest and the numbers of rows, tokens and trained tokens."""
-        digest = xxhash.xxh3_128(b"".join(stream.digest() for stream in self._streams)).hexdigest()
+        streams = [*self._streams, *([self._weights] if self.has_loss_weights else [])]
+        digest = xxhash.xxh3_128(b"".join(stream.digest() for stream in streams)).hexdigest()
         return {"rows": self._rows, "tokens": self._tokens, "trained_tokens": self._trained, "digest": digest}
 
 
@@ -174,15 +214,24 @@ class TokenTable:
     - `first_trained`: int32 [rows], the first token that is trained.
     - `conversations`: int64 [rows], the number of the row's conversation. Rows of one conversation are adjacent.
     - `has_system`: bool [rows].
+    - `has_loss_weight`: bool [rows], a part of the row has a loss weight other than 1.
     - `digests`, `questions`: 16 bytes [rows], digests of the conversation and of its first user message.
     - `source_ends`: int64 [files + 1], the first row of each file, and the number of all rows.
     - `source_names`: the name of each file's source in metrics and reports.
     """
 
     def __init__(
-        self, files: Sequence[Path], places: Sequence[Sequence[str]], source_names: Sequence[str] = ()
+        self,
+        files: Sequence[Path],
+        places: Sequence[Sequence[str]],
+        loss_weights: Sequence[float] | None = None,
+        source_names: Sequence[str] = (),
     ) -> None:
-        """`places`: for each table, the names of its source's files, by number: the beginning of a row's place."""
+        """Open the tables.
+
+        - `places`: for each table, the names of its source's files, by number: the beginning of a row's place.
+        - `loss_weights`: for each table, that of its source; None = 1.
+        """
         self.source_names = source_names
         tables = [_open_table(path) for path in files]
         self._places = places
@@ -204,6 +253,17 @@ class TokenTable:
         self.has_system = self._system_counts > 0
         rows_of_sources = [sum(batch.num_rows for batch in table) for table in tables]
         self.source_ends = np.cumsum([0, *rows_of_sources])
+        factors = loss_weights or [1.0] * len(files)
+        self._loss_weights = [
+            weights
+            for file, table, factor in zip(files, tables, factors, strict=True)
+            for weights in _read_weights(file, [len(batch["trained"].values) // 2 for batch in table], factor)
+        ]
+        counts = [
+            np.diff(np.append(0, np.cumsum(weights != 1))[offsets // 2])
+            for (offsets, _), weights in zip(self._trained, self._loss_weights, strict=True)
+        ]
+        self.has_loss_weight = _concatenate(counts, np.int64) > 0
 
     def __len__(self) -> int:
         return int(self._starts[-1])
@@ -219,6 +279,12 @@ class TokenTable:
         batch, number = self._find(row)
         offsets, values = self._trained[batch]
         return values[offsets[number] : offsets[number + 1]].reshape(-1, 2)
+
+    def loss_weights(self, row: int) -> NDArray[np.float32]:
+        """Return the loss weight of each trained span of a row, that of its source included: float32 [spans]."""
+        batch, number = self._find(row)
+        offsets = self._trained[batch][0] // 2
+        return self._loss_weights[batch][offsets[number] : offsets[number + 1]]
 
     def place(self, row: int) -> str:
         """Return the place of a row: its file and line or row number."""
@@ -242,10 +308,30 @@ class TokenTable:
 
 
 def write_table(path: Path, batches: Iterable[pyarrow.RecordBatch]) -> None:
-    """Write batches of `SCHEMA` to a file, one at a time."""
-    with pyarrow.OSFile(str(path), "wb") as sink, pyarrow.ipc.new_stream(sink, SCHEMA) as stream:
+    """Write batches of `make_batch` to a file, one at a time, and loss weights beside it if one isn't 1."""
+    weights_file, has_weights = path.with_suffix(_WEIGHTS_FILE), False
+    with (
+        weights_file.open("wb") as weights,
+        pyarrow.OSFile(str(path), "wb") as sink,
+        pyarrow.ipc.new_stream(sink, SCHEMA) as stream,
+    ):
         for batch in batches:
-            stream.write_batch(batch)
+            weights.write(_span_weights(batch).astype("<f4", copy=False).tobytes())
+            has_weights |= has_loss_weights(batch)
+            stream.write_batch(batch.select(SCHEMA.names))
+    if not has_weights:
+        weights_file.unlink()
+
+
+def _read_weights(table: Path, spans: Sequence[int], factor: float) -> Iterator[NDArray[np.float32]]:
+    """Yield the loss weights of a table times `factor`, for each of its batches. `spans`: their trained spans."""
+    path, ends = table.with_suffix(_WEIGHTS_FILE), np.cumsum([0, *spans])
+    weights: NDArray[np.float32] = np.broadcast_to(np.float32(factor), (int(ends[-1]),))
+    if path.exists():
+        weights = np.memmap(path, "<f4", "r")
+        weights = weights if factor == 1 else weights * np.float32(factor)
+    for start, end in pairwise(ends.tolist()):
+        yield weights[start:end]
 
 
 def _open_table(path: Path) -> list[pyarrow.RecordBatch]:
@@ -253,8 +339,8 @@ def _open_table(path: Path) -> list[pyarrow.RecordBatch]:
         return [batch for batch in stream if batch.num_rows]
 
 
-def _offsets_and_values(column: pyarrow.ListArray) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
-    return _int32(column.offsets), _int32(column.values)
+def _offsets_and_values(column: pyarrow.ListArray, kind: Any = np.int32) -> tuple[NDArray[np.int32], NDArray[Any]]:
+    return _int32(column.offsets), _numbers(column.values, kind)
 
 
 def _offsets_and_lists(column: pyarrow.ListArray) -> tuple[NDArray[np.int32], NDArray[np.bytes_]]:
@@ -262,8 +348,12 @@ def _offsets_and_lists(column: pyarrow.ListArray) -> tuple[NDArray[np.int32], ND
 
 
 def _int32(column: pyarrow.Int32Array) -> NDArray[np.int32]:
+    return _numbers(column, np.int32)
+
+
+def _numbers(column: pyarrow.Array, kind: Any) -> NDArray[Any]:
     """Return a view of the values. (Arrow's own to_numpy imports pandas first.)"""
-    return np.frombuffer(column.buffers()[1] or b"", np.int32)[column.offset : column.offset + len(column)]
+    return np.frombuffer(column.buffers()[1] or b"", kind)[column.offset : column.offset + len(column)]
 
 
 def _fixed(column: pyarrow.FixedSizeBinaryArray) -> NDArray[np.bytes_]:

@@ -117,15 +117,16 @@ def format_change(before: Mapping[str, Any], now: Mapping[str, Any], key: str) -
 
 
 def _weights(fingerprint: Mapping[str, Any]) -> list[Any]:
-    """Return the weight of each source, and the validation share."""
+    """Return the weights of each source, and the validation share."""
     sections = (fingerprint.get(key) for key in sorted(DATA_KEYS))
-    return [[source["weight"] for source in part] if isinstance(part, list) else part for part in sections]
+    return [
+        [(source["weight"], source.get("loss_weight", 1.0)) for source in part] if isinstance(part, list) else part
+        for part in sections
+    ]
 
 
 def _comparable(fingerprint: Mapping[str, Any], key: str) -> Any:
     value = get_value(fingerprint, key)
-    if key in DATA_KEYS and isinstance(value, list):  # an earlier version lacks keys that are null by default
-        return [source and {name: item for name, item in source.items() if item is not None} for source in value]
     if key in _UNORDERED and isinstance(value, list):
         return sorted(value)
     return [{**part, "source": None} for part in value] if key == "made.tokens" else value

@@ -15,9 +15,11 @@ from train.loop.throughput import TIMING_METRICS
 from train.pressure.evaluation_set import build_rows
 from train.pressure.rules import RULES
 from train.pressure.turns import build_turns_set
+from train.recipe.measurements import SAMPLE_METRICS
 from train.sft import main
 
-HELD_OUT = Path(__file__).parents[2] / "recipes" / "smollm2-135m" / "data" / "held_out.jsonl"
+DATA = Path(__file__).parents[2] / "recipes" / "smollm2-135m" / "data"
+HELD_OUT = DATA / "held_out.jsonl"
 TRAINING = {
     "learning_rate": 0.02,
     "num_train_epochs": ...,
@@ -32,6 +34,7 @@ EVALUATION = {
     "rules": {"path": str(HELD_OUT), "rows": 5},
     "hierarchy": {"rows": 2},
     "turns": {"conversations": 2, "turns": 3, "push_back_at": 2},
+    "ifeval": {"path": str(DATA / "system_ifeval.jsonl"), "rows": 3},
     "max_new_tokens": 12,
     "batch_size": 4,
 }
@@ -63,6 +66,18 @@ def answers_of(model: Path, conversations: list[list[dict]], journal: Path) -> l
     return [answer.text for [answer] in answers]
 
 
+def follows(row: dict, answer: str) -> bool:
+    """Return whether an answer follows all constraints, by the harness's own checkers."""
+    from lm_eval.tasks.ifeval.instructions_registry import INSTRUCTION_DICT
+
+    checks = []
+    for name, arguments in zip(row["instruction_id_list"], row["kwargs"], strict=True):
+        checker = INSTRUCTION_DICT[name](name)
+        checker.build_description(**{key: value for key, value in arguments.items() if value is not None})
+        checks.append(bool(answer.strip()) and bool(checker.check_following(answer)))
+    return all(checks)
+
+
 def test_each_evaluation_generates_what_evaluate_py_generates_with_the_saved_model(
     recipe_file: Callable[..., Path], prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -84,6 +99,7 @@ def test_each_evaluation_generates_what_evaluate_py_generates_with_the_saved_mod
     rows = read_lines(HELD_OUT)
     metrics = {line["step"]: line for line in read_lines(run / "metrics.jsonl") if "eval_loss" in line}
     pressure_rows = {row.key: row for row in build_rows()}
+    constraints = {str(row["key"]): row for row in read_lines(DATA / "system_ifeval.jsonl")}
     turns_rows = {row.key: row for row in build_turns_set(2, 3, 2)}
     for step in range(4):
         rules = of_kind(samples, "rules", step)
@@ -116,6 +132,16 @@ def test_each_evaluation_generates_what_evaluate_py_generates_with_the_saved_mod
                 assert turns[start + turn]["verdict"] == conversation.judge(turn, answers[turn]).held
         assert metrics[step]["eval_turns_held"] == sum(sample["verdict"] for sample in turns) / 6
 
+        ifeval = of_kind(samples, "ifeval", step)
+        assert len(ifeval) == 3
+        followed = []
+        for sample in ifeval:
+            row = constraints[sample["row"]]
+            assert sample["messages"] == row["messages"]
+            followed.append(follows(row, sample["answer"]))
+        assert [sample["verdict"] for sample in ifeval] == followed
+        assert metrics[step]["eval_ifeval_followed"] == sum(followed) / 3
+
         others = of_kind(samples, "prompts", step)
         assert [sample["messages"][-1]["content"] for sample in others] == ["stone?"] * 3
         assert [len(sample["messages"]) for sample in others] == [1, 2, 3]
@@ -123,16 +149,14 @@ def test_each_evaluation_generates_what_evaluate_py_generates_with_the_saved_mod
 
     share = metrics[3]["eval_rules_followed"]
     assert f"samples at step 3: rules followed {round(5 * share)} of 5 ({share:.1%}), hierarchy held " in shown
-    assert "22 answers, " in shown
+    assert "25 answers, " in shown
     assert sum(line.startswith("  prompts ") for line in shown.splitlines()) == 4
     report = (run / "report.md").read_text(encoding="utf-8")
     first = metrics[0]["eval_rules_followed"]
     assert f"| samples: rules followed, after step 0 and 3 | {first:.1%} -> {share:.1%} |" in report
     assert "![followed](followed.png)" in report
-    assert "\n## Samples of step 3\n\nsamples.jsonl has all 22 of this step.\n\n**rules**\n\n- system: `" in report
-    described = (
-        "samples each evaluation generates 22 answers (5 of rules, 8 of hierarchy, 6 of turns, 3 of prompts) of at"
-    )
+    assert "\n## Samples of step 3\n\nsamples.jsonl has all 25 of this step.\n\n**rules**\n\n- system: `" in report
+    described = "samples each evaluation generates 25 answers (5 of rules, 8 of hierarchy, 6 of turns, 3 of ifeval, 3 of prompts) of at"
     assert f"{described} most 12 tokens" in " ".join(report.split())
     assert (run / "followed.png").read_bytes().startswith(b"\x89PNG")
 
@@ -140,7 +164,7 @@ def test_each_evaluation_generates_what_evaluate_py_generates_with_the_saved_mod
 def figures(run: Path) -> list[dict]:
     """Return metrics.jsonl without timings and without the metrics of samples."""
     left_out = (*TIMING_METRICS, "eval_runtime", "eval_samples_per_second", "eval_steps_per_second")
-    left_out += ("eval_rules_followed", "eval_hierarchy_held", "eval_turns_held")
+    left_out += tuple(f"eval_{metric}" for metric in SAMPLE_METRICS.values())
     return [
         {key: value for key, value in line.items() if key not in left_out} for line in read_lines(run / "metrics.jsonl")
     ]
@@ -213,7 +237,8 @@ PATH = {"path": str(HELD_OUT)}
         ),
         ({"rules": {}}, {}, "evaluation.rules.path: missing"),
         ({"rules": PATH | {"rows": 0}}, {}, "evaluation.rules.rows: found 0"),
-        ({"ifeval": PATH}, {}, "evaluation.ifeval: unknown key"),
+        ({"ifeval": PATH}, {}, "evaluation.ifeval: "),
+        ({"rows": 3}, {}, "evaluation.rows: unknown key"),
         ({"hierarchy": {"settings": ["conflicts"]}}, {}, "Did you mean `conflict`?"),
         ({"turns": {"turns": 1000}}, {}, "evaluation.turns.turns: 1000 turns need as many questions"),
         (
@@ -280,6 +305,39 @@ def test_a_prompt_that_the_template_refuses_is_an_error(
     )
     text = refused("--recipe", recipe)
     assert "evaluation.prompts: prompts.jsonl:1: the chat template refuses it: system first" in text
+
+
+def test_a_run_that_evaluates_every_few_steps_evaluates_its_last_step_too(
+    recipe_file: Callable[..., Path], tmp_path: Path
+) -> None:
+    training = TRAINING | {"eval_steps": 2, "eval_on_start": False, "save_strategy": "no"}
+    evaluation = {"rules": PATH | {"rows": 2}, "max_new_tokens": 4, "shown": 0}
+    for section, steps in ((evaluation, [2, 3]), (None, [2])):
+        recipe = recipe_file(data={"validation": 0.25}, training=training, evaluation=section)
+        assert main(["--recipe", str(recipe), "--resume", "never"]) == 0
+        lines = read_lines(tmp_path / "run" / "metrics.jsonl")
+        assert [line["step"] for line in lines if "eval_loss" in line] == steps
+
+
+def test_a_prompt_too_long_for_the_model_counts_as_not_followed(
+    recipe_file: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rules = tmp_path / "rules.jsonl"
+    with rules.open("w", encoding="utf-8") as lines:
+        for words in (1, 2_100):
+            turns = [("system", "Only lower case."), ("user", "river " * words), ("assistant", "stone")]
+            messages = [{"role": role, "content": text} for role, text in turns]
+            lines.write(json.dumps({"messages": messages, "rule": "lower_case", "held_out": "wording"}) + "\n")
+    training = TRAINING | {"max_steps": 1, "eval_on_start": False, "save_strategy": "no"}
+    evaluation = {"rules": {"path": str(rules)}, "max_new_tokens": 4}
+    assert (
+        main(["--recipe", str(recipe_file(data={"validation": 0.25}, training=training, evaluation=evaluation))]) == 0
+    )
+    short, long = read_lines(tmp_path / "run" / "samples.jsonl")
+    assert isinstance(short["answer"], str)
+    assert (long["answer"], long["verdict"]) == (None, False)
+    assert "warning: 1 sample got no answer: prompt and evaluation.max_new_tokens (4) exceed" in capsys.readouterr().out
+    assert "## Samples of step 1" in (tmp_path / "run" / "report.md").read_text(encoding="utf-8")
 
 
 def test_trackers_get_the_samples(recipe_file: Callable[..., Path], tmp_path: Path) -> None:

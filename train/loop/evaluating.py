@@ -38,7 +38,7 @@ class Measurement(Protocol):
 
 
 class LastStepEvaluation(TrainerCallback):
-    """Makes a run that evaluates every few steps evaluate its last step too, so that its samples are those of its end."""
+    """Makes a run that evaluates every few steps evaluate its last step too, whose samples are those of its model."""
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Ask for an evaluation after the last step."""

@@ -121,13 +121,13 @@ def _quote_samples(output_dir: Path) -> str:
     last = [sample for sample in samples if sample["step"] == step]
     lines = [f"\n## Samples of step {step}", "", f"{SAMPLES_FILE} has all {len(last):,} of this step."]
     for kind in dict.fromkeys(sample["kind"] for sample in last):
-        of_kind = [sample for sample in last if sample["kind"] == kind]
+        of_kind = [sample for sample in last if sample["kind"] == kind and sample["answer"] is not None]
         lines += ["", f"**{kind}**", ""]
-        for sample in of_kind[:: -(-len(of_kind) // _QUOTED)]:
-            (role, text), *others = ((turn["role"], str(turn["content"])) for turn in sample["messages"] or [("", "")])
+        for sample in of_kind[:: -(-len(of_kind) // _QUOTED) or 1]:
+            (role, text), *others = ((turn["role"], str(turn["content"])) for turn in sample["messages"])
             lines += [f"- {role}: {quote_line(text)}", *(f"  - {of}: {quote_line(other)}" for of, other in others)]
             verdict = {True: " (followed)", False: " (not followed)", None: ""}[sample["verdict"]]
-            lines += [f"  - answer{verdict}: {quote_line(sample['answer'] or '')}"]
+            lines += [f"  - answer{verdict}: {quote_line(sample['answer'])}"]
     return "\n".join(lines) + "\n"
 
 

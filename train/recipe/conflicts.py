@@ -215,7 +215,7 @@ def check_files(document: Document) -> None:
                 document.add_error(("chat", "template"), message)
         elif not Path(template).is_file():
             document.add_error(("chat", "template"), _no_file(template, f" Allowed: {allowed}."))
-    for kind in "rules", "prompts":
+    for kind in "rules", "ifeval", "prompts":
         settings = document.section("evaluation").get(kind)
         file = settings.get("path") if isinstance(settings, dict) else None
         if isinstance(file, str) and file and not Path(file).is_file():

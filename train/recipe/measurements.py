@@ -12,7 +12,12 @@ from train.recipe.section import PathText, Section
 PressureSetting = Literal["reference", "aligned", "conflict", "injected", "extraction", "permitted"]
 
 GAIN_METRICS = ("system_gain", "system_accuracy", "system_gain_over_none", "system_accuracy_over_none")
-SAMPLE_METRICS = {"rules": "rules_followed", "hierarchy": "hierarchy_held", "turns": "turns_held"}
+SAMPLE_METRICS = {
+    "rules": "rules_followed",
+    "hierarchy": "hierarchy_held",
+    "turns": "turns_held",
+    "ifeval": "ifeval_followed",
+}
 """Key of `evaluation` -> the metric that it measures."""
 SECTIONS = ("system_gain.", "evaluation.")
 """Beginnings of the dotted keys of these sections."""
@@ -87,6 +92,15 @@ class TurnsSamples(Section):
     """Turn in which the user asks to drop the rule, from 1; null = no turn does."""
 
 
+class IFEvalSamples(Section):
+    """Rows of IFEval or S-IFEval, judged by the checkers of lm-evaluation-harness (the package janus-sft[evaluate])."""
+
+    path: PathText
+    """Rows of {key, prompt, instruction_id_list, kwargs, messages} as jsonl, as `evaluate.py ifeval` reads them."""
+    rows: int = Field(default=32, ge=1)
+    """Maximum number of rows, at even distances in the file."""
+
+
 class PromptSamples(Section):
     """Prompts of your own, whose answers are recorded without a verdict."""
 
@@ -106,6 +120,8 @@ class EvaluationSection(Section):
     """Built-in conversations under pressure: eval_hierarchy_held; null = none."""
     turns: TurnsSamples | None = None
     """Built-in conversations of several turns: eval_turns_held, the share of turns; null = none."""
+    ifeval: IFEvalSamples | None = None
+    """Checkable constraints: eval_ifeval_followed, the share of answers that follow all of theirs; null = none."""
     prompts: PromptSamples | None = None
     """Prompts of your own, without a metric; null = none."""
     max_new_tokens: int = Field(default=96, ge=1)

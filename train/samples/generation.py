@@ -5,10 +5,12 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from accelerate import Accelerator, DistributedType
 from accelerate.utils import gather_object
 from transformers import PreTrainedTokenizerBase
 
+from train.errors import UserError
 from train.llm.reasoning import without_reasoning
 from train.model.inference import generate_batch
 from train.pressure.conversations import Message
@@ -63,14 +65,21 @@ def generate_answers(
             is_mine = start + process < len(batches)
             batch = batches[start + process if is_mine else start]
             if is_mine or partitioned:
-                generated = generate_batch(
-                    bare,
-                    tokenizer,
-                    [prompts[row] for row in batch],
-                    max_new_tokens=max_new_tokens,
-                    device=accelerator.device,
-                    synced=partitioned,
-                )
+                try:
+                    generated = generate_batch(
+                        bare,
+                        tokenizer,
+                        [prompts[row] for row in batch],
+                        max_new_tokens=max_new_tokens,
+                        device=accelerator.device,
+                        synced=partitioned,
+                    )
+                except torch.OutOfMemoryError as error:
+                    raise UserError(
+                        f"evaluation.batch_size: {len(batch)} prompts of up to {max(lengths[row] for row in batch):,} "
+                        f"tokens with answers of {max_new_tokens:,} do not fit in the GPU's memory. Write a smaller "
+                        "number."
+                    ) from error
             if is_mine:
                 for row, text in zip(batch, generated, strict=True):
                     answers[row] = GeneratedAnswer(without_reasoning(text.text, conversations[row]).text, text.tokens)

@@ -11,6 +11,8 @@ from transformers import PreTrainedTokenizerBase
 
 from train.errors import UserError
 from train.formatting import format_count
+from train.ifeval.checkers import Checkers
+from train.ifeval.rows import SKIPPED, IFEvalRow, read_rows
 from train.pressure.conversations import Message, result_in_user_turn
 from train.pressure.evaluation_set import PressureRow, build_rows
 from train.pressure.rule_rows import read_rule_rows
@@ -67,7 +69,13 @@ def load_sample_rows(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> list
     section = recipe.evaluation
     if section is None:
         return []
-    rows = [*_rule_rows(section), *_hierarchy_rows(section, tokenizer), *_turns_rows(section), *_prompt_rows(section)]
+    rows = [
+        *_rule_rows(section),
+        *_hierarchy_rows(section, tokenizer),
+        *_turns_rows(section),
+        *_ifeval_rows(section),
+        *_prompt_rows(section),
+    ]
     for row in rows:
         try:
             render_prompt(tokenizer, row.messages([]))
@@ -128,6 +136,24 @@ def _turns_rows(section: EvaluationSection) -> Iterator[SampledRow]:
         yield SampledRow("turns", row.key, conversation.messages, held, settings.turns)
 
 
+def _ifeval_rows(section: EvaluationSection) -> Iterator[SampledRow]:
+    """Yield the rows that the official scoring doesn't skip."""
+    if section.ifeval is None:
+        return
+    path = Path(section.ifeval.path)
+    try:
+        checkers = Checkers()
+        rows = [row for row in read_rows(path) if not row.skipped]
+        for row in rows:
+            checkers.is_randomized(row)  # raises for arguments that no checker takes
+        if not rows:
+            raise UserError(f"{path}: every row has a rule that is skipped ({', '.join(SKIPPED)})")
+    except UserError as error:
+        raise UserError(f"evaluation.ifeval: {error}") from error
+    for row in _spread(rows, section.ifeval.rows):
+        yield _single_turn("ifeval", str(row.key), list(row.messages), partial(_follows_all, checkers, row))
+
+
 def _prompt_rows(section: EvaluationSection) -> Iterator[SampledRow]:
     if section.prompts is None:
         return
@@ -140,6 +166,10 @@ def _prompt_rows(section: EvaluationSection) -> Iterator[SampledRow]:
 def _single_turn(kind: str, key: str, messages: list[Message], held: Callable[[str], bool] | None = None) -> SampledRow:
     judge = None if held is None else (lambda turn, answer: held(answer))
     return SampledRow(kind, key, lambda answers: messages, judge)
+
+
+def _follows_all(checkers: Checkers, row: IFEvalRow, answer: str) -> bool:
+    return all(checkers.verdict(row, answer).strict)
 
 
 def _is_held(row: PressureRow, answer: str) -> bool:

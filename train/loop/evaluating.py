@@ -5,7 +5,7 @@ from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput
 from trl import SFTConfig
 
@@ -37,15 +37,6 @@ class Measurement(Protocol):
         """
 
 
-class LastStepEvaluation(TrainerCallback):
-    """Makes a run that evaluates every few steps evaluate its last step too, whose samples are those of its model."""
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Ask for an evaluation after the last step."""
-        if args.eval_strategy == "steps" and state.global_step >= state.max_steps:
-            control.should_evaluate = True
-
-
 class EvaluatingTrainer(CheckpointingTrainer):
     """CheckpointingTrainer with our evaluation.
 
@@ -73,8 +64,6 @@ class EvaluatingTrainer(CheckpointingTrainer):
         self._preemption_callback = PreemptionCallback(self._preemption, self.accelerator)
         self._step_log = next((callback for callback in callbacks if isinstance(callback, StepLog)), None)
         self._measurements = list(self._set_up_measurements(recipe, gain, samples))
-        if samples:
-            self.add_callback(LastStepEvaluation())
 
     def _set_up_measurements(
         self, recipe: Recipe, gain: VariantRows | None, samples: Sequence[SampledRow]
@@ -86,7 +75,7 @@ class EvaluatingTrainer(CheckpointingTrainer):
             def log(step: int, of_step: Sequence[Mapping[str, Any]]) -> None:
                 log_samples(self.callback_handler.callbacks, step, of_step)
 
-            show = self._step_log.show if self._step_log else print
+            show: Callable[[str], None] = self._step_log.show if self._step_log else print
             yield ValidationSamples(
                 recipe.evaluation, samples, self.processing_class, recipe.output_dir, show=show, log=log
             )

@@ -44,6 +44,7 @@ from train.preflight.start_screen import start_screen
 from train.ranks import is_first_rank, world_size
 from train.recipe import Recipe
 from train.recipe.schedule import compute_schedule, schedule_error, sharing_error
+from train.samples.rows import describe_samples, load_sample_rows
 from train.system_gain.validation_rows import describe_gain, gain_metric_error, load_gain_rows
 
 
@@ -75,6 +76,7 @@ def finetune(recipe: Recipe, checkpoint: Checkpoint | None = None, resume_anyway
             facts_before = {key: value for key, value in checkpoint.manifest["run"].items() if key.startswith("made.")}
             refuse_changes(checkpoint, facts_before, facts, resume_anyway)
         gain = load_gain_rows(recipe, data, tokenizer)
+        samples = load_sample_rows(recipe, tokenizer)
         tokens_per_sequence = data.train.stats.tokens_per_sequence
         steps = compute_schedule(
             recipe.training, len(data.train.dataset), tokens_per_sequence, world_size(), recipe.model.sequence_parallel
@@ -96,12 +98,13 @@ def finetune(recipe: Recipe, checkpoint: Checkpoint | None = None, resume_anyway
             model = load_model(recipe)
             set_stop_tokens(model, tokenizer, stop_tokens)
             trainer = JanusTrainer(
-                recipe, arguments, model, tokenizer, data, [step_log], preemption=preemption, gain=gain, about=facts
-            )
+                recipe, arguments, model, tokenizer, data, [step_log],
+                preemption=preemption, gain=gain, samples=samples, about=facts,
+            )  # fmt: skip
             check_in_force(arguments, trainer.accelerator)
             screen = start_screen(
                 described, template, data, trainer.model, arguments, describe_gain(gain),
-                model_notes=checked.notes, width=Console().width,
+                describe_samples(recipe, samples), model_notes=checked.notes, width=Console().width,
             )  # fmt: skip
             _print(screen)
 

@@ -6,7 +6,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import jsonschema
 import pytest
@@ -524,3 +524,10 @@ def test_a_missing_template_suggests_only_jinja_files(recipe_file: Path) -> None
     assert "Did you mean" not in load_error(recipe_file, overrides)
     Path("notes.jinja").write_text("a template")
     assert load_error(recipe_file, overrides).endswith("Did you mean `notes.jinja`?")
+
+
+def test_the_settings_of_samples_under_pressure_are_those_of_the_built_in_rows() -> None:
+    from train.pressure.tactics import SETTINGS
+    from train.recipe.measurements import PressureSetting
+
+    assert get_args(PressureSetting) == SETTINGS

@@ -41,9 +41,3 @@ def format_share(share: Estimate) -> str:
 def format_points(difference: Estimate) -> str:
     """Return a difference of two shares in points, with its sign: `+2.3 [-0.4, 5.1]`."""
     return format_estimate(difference.mean, difference.low, difference.high, difference.missing, scale=100, sign="+")
-
-
-def quote_line(text: str) -> str:
-    """Return `text`, or its first 300 characters, as code on one line of Markdown."""
-    shown = text if len(text) <= 300 else text[:300] + " ..."
-    return "`" + shown.replace("`", "'").replace("\n", " ⏎ ") + "`"

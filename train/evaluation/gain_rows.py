@@ -12,9 +12,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from train.evaluation.formatting import quote_line
 from train.formatting import format_count
-from train.reporting.markdown import format_table
+from train.reporting.markdown import format_table, quote_line
 from train.reporting.plots import BASELINE_COLOR, COLOR, escape_math, new_figure
 
 if TYPE_CHECKING:

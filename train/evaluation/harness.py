@@ -24,10 +24,10 @@ from typing import Any, Literal
 from train.cli import non_negative_int, positive_int
 from train.errors import UserError
 from train.evaluation.formatting import format_estimate
-from train.evaluation.ifeval.punkt import missing_package, provide_punkt
 from train.evaluation.required_paths import require_model
 from train.evaluation.results_dir import as_json, as_jsonl, exclusive, output_folder, write_results
 from train.formatting import format_count
+from train.ifeval.punkt import missing_package, provide_punkt
 from train.resampling import (
     MIN_GROUPS,
     IntervalMethod,

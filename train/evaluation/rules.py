@@ -18,20 +18,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, Self
-
-from pydantic import BaseModel, ConfigDict, model_validator
+from typing import Any
 
 import train.pressure.rules
 from train.cli import positive_int
 from train.errors import UserError, replace_in_errors
-from train.evaluation.formatting import format_share, quote_line
-from train.evaluation.jsonl_rows import ChatMessage, read_jsonl_rows
+from train.evaluation.formatting import format_share
 from train.evaluation.required_paths import require_file, require_model
 from train.evaluation.results import folder_of
 from train.evaluation.results_dir import Writer, as_json, as_jsonl, exclusive, write_results
 from train.formatting import format_count
-from train.reporting.markdown import truncate_middle
+from train.pressure.rule_rows import read_rule_rows
+from train.reporting.markdown import quote_line, truncate_middle
 from train.reporting.plots import BASELINE_COLOR, COLOR, BarSeries, bar_plot
 from train.resampling import Estimate, estimate_share, explain_missing_intervals
 
@@ -39,7 +37,6 @@ HEADING = "## Does it follow system messages?"
 ALL = "all rules"
 RULES_FILE = Path(train.pressure.rules.__file__)
 KINDS = {"wording": "held-out questions and wordings", "rule": "rules never trained"}
-_CONTENTS = "A row holds messages, rule and held_out."
 
 
 @dataclass(frozen=True)
@@ -49,22 +46,6 @@ class RuleVerdict:
     row: dict[str, Any]
     answers: tuple[str, str]
     obeys: tuple[bool, bool]
-
-
-class _HeldOutRow(BaseModel):
-    """A line of the file of --data."""
-
-    model_config = ConfigDict(strict=True)
-
-    messages: list[ChatMessage]
-    rule: str
-    held_out: Literal["wording", "rule"]
-
-    @model_validator(mode="after")
-    def _check_roles(self) -> Self:
-        if [message.role for message in self.messages] != ["system", "user", "assistant"]:
-            raise ValueError("`messages` must be a system message, a user message and an answer")
-        return self
 
 
 def add_to(commands: Any) -> None:
@@ -86,17 +67,6 @@ def add_to(commands: Any) -> None:
     )
     parser.add_argument("--batch-size", type=positive_int, default=16, help="answers at a time (default 16)")
     parser.set_defaults(run=run)
-
-
-def read_rows(path: Path, rules: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Return the rows of {messages, rule, held_out}. Raises UserError that names the line and the key."""
-    require_file("--data", path)
-    rows = []
-    for place, raw, row in read_jsonl_rows(path, _HeldOutRow, _CONTENTS, "--data "):
-        if row.rule not in rules:
-            raise UserError(f"{place}: `rule` is {row.rule!r}. Allowed: {', '.join(rules)}.")
-        rows.append(raw)
-    return rows
 
 
 def read_rules(path: Path) -> Mapping[str, Any]:
@@ -230,7 +200,8 @@ def plot_adherence(verdicts: list[RuleVerdict], path: Path) -> None:
 def run(options: argparse.Namespace) -> None:
     """Let both models answer; write the answers, the figures, the plot and the section of report.md."""
     rules = read_rules(options.rules)
-    rows = read_rows(options.data, rules)
+    require_file("--data", options.data)
+    rows = [row for _, row in read_rule_rows(options.data, rules, "--data ")]
     for option, folder in (("--before", options.before), ("--after", options.after)):
         require_model(option, str(folder), hub=False)
     with exclusive(options.after, "rules"):

@@ -25,8 +25,8 @@ from train.loop.checkpoint.run_inputs import (
 from train.loop.output_dir import OUTCOME
 from train.loop.run_outcome import newest_checkpoint
 from train.recipe import Recipe
-from train.recipe.conflicts import is_gain_metric
 from train.recipe.lr_schedules import FOLLOWS_EVALUATION
+from train.recipe.measurements import is_only_reported
 from train.recipe.schedule import sequences_per_step
 
 _UPLOAD_KEYS = ("training.push_to_hub", "training.hub_")
@@ -130,8 +130,8 @@ def _settings(recipe: Recipe) -> dict[str, Any]:
 
 def _is_decisive(key: str, settings: dict[str, Any]) -> bool:
     """Return whether another value of `key` gives another finished model, or another upload of it."""
-    if key.startswith("system_gain."):
-        return is_gain_metric(get_value(settings, "training.metric_for_best_model"))
+    if is_only_reported(key, get_value(settings, "training.metric_for_best_model")):
+        return False
     if key in _EVALUATION_TIMES:
         follows = get_value(settings, "training.lr_scheduler_type") in FOLLOWS_EVALUATION
         return follows or bool(get_value(settings, "training.load_best_model_at_end"))

@@ -12,8 +12,12 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from train.formatting import duration
 from train.progress import ProgressBar, progress_bar
 from train.ranks import is_first_rank
+from train.recipe.measurements import SAMPLE_METRICS
 from train.storage.atomic_write import atomic_write, write_text
 from train.storage.jsonl import read_json_lines
+
+_SHOWN = ("eval_loss", "eval_system_gain", *(f"eval_{metric}" for metric in SAMPLE_METRICS.values()))
+"""Metrics of an evaluation that are printed."""
 
 
 class StepLog(TrainerCallback):
@@ -68,7 +72,10 @@ class StepLog(TrainerCallback):
             return
         metrics: dict[str, Any] = {"step": state.global_step, **logs}
         self._write(metrics)
-        line = self._format_line(state, metrics)
+        self.show(self._format_line(state, metrics))
+
+    def show(self, line: str) -> None:
+        """Print a line, above the progress bar."""
         if self._job:
             self._job.show(line)
         else:
@@ -98,7 +105,7 @@ class StepLog(TrainerCallback):
 
     def _format_line(self, state: TrainerState, metrics: dict[str, Any]) -> str:
         if "loss" not in metrics:
-            shown = " ".join(f"{key} {metrics[key]:.4f}" for key in ("eval_loss", "eval_system_gain") if key in metrics)
+            shown = " ".join(f"{key} {metrics[key]:.4f}" for key in _SHOWN if key in metrics)
             return f"step {state.global_step}/{state.max_steps} {shown}"
         seconds_per_step = (time.monotonic() - self._started) / max(state.global_step - self._first_step, 1)
         left = duration(seconds_per_step * (state.max_steps - state.global_step))

@@ -8,6 +8,7 @@ from typing import TextIO
 from train.errors import UserError
 from train.ranks import is_first_rank
 from train.recipe import Recipe
+from train.samples.evaluator import FILE as SAMPLES_FILE
 from train.storage.file_lock import LockHeldError, acquire_lock
 from train.system_gain.evaluator import FILE as GAIN_FILE
 
@@ -24,8 +25,8 @@ CARD = "README.md"
 CARD_MARK = "fine-tuned with janus-sft by this recipe:"
 """Text of every model card that a run writes, and of no other README.md."""
 _RUN_FILES = (
-    *(LOCK, ATTEMPTS, OUTCOME, SUSPECTS, GAIN_FILE),
-    *("metrics.jsonl", "report.md", "loss.png", "system_gain.png"),
+    *(LOCK, ATTEMPTS, OUTCOME, SUSPECTS, GAIN_FILE, SAMPLES_FILE),
+    *("metrics.jsonl", "report.md", "loss.png", "system_gain.png", "followed.png"),
 )
 """Files that a run writes beside the model; `claim_output_dir` writes recipe.yaml."""
 _MODELS = ("model.safetensors", "pytorch_model.bin")

@@ -1,4 +1,4 @@
-"""Report of a run: report.md with its figures, and plots of the loss and of the system gain."""
+"""Report of a run: report.md with its figures and samples, and plots of its metrics."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -7,13 +7,18 @@ from typing import Any
 from train.formatting import duration, shorten
 from train.loop.run_outcome import read_restarts
 from train.loop.source_report import format_loss, label_section, list_sources, read_gain_groups, source_section
+from train.recipe.measurements import SAMPLE_METRICS
+from train.reporting.markdown import quote_line
 from train.reporting.plots import escape_math, plot_metric, step_plot
 from train.resampling import MIN_GROUPS
+from train.samples.evaluator import FILE as SAMPLES_FILE
 from train.storage.atomic_write import write_text
 from train.storage.jsonl import read_json_lines
 from train.system_gain.evaluator import FILE as GAIN_FILE
 
 _MAX_PLOTTED_SOURCES = 6
+_QUOTED = 4
+"""Maximum number of samples of a kind in the report."""
 
 
 def plot_loss(metrics: list[dict[str, Any]], path: Path) -> None:
@@ -32,6 +37,14 @@ def plot_system_gain(metrics: list[dict[str, Any]], path: Path) -> None:
         plot_metric(axes, metrics, "eval_system_gain", "over other messages", markers=True)
         plot_metric(axes, metrics, "eval_system_gain_over_none", "over no message", markers=True)
         axes.axhline(0, color="black", linewidth=0.8)
+
+
+def plot_followed(metrics: list[dict[str, Any]], path: Path) -> None:
+    """Plot the shares of samples that follow the system message over the steps, as a PNG of 1,000 x 500 pixels."""
+    with step_plot(path, f"Samples of {_run_name(path)}", "share of answers") as axes:
+        for metric in SAMPLE_METRICS.values():
+            plot_metric(axes, metrics, f"eval_{metric}", metric.replace("_", " "), markers=True)
+        axes.set_ylim(0, 1)
 
 
 def _run_name(path: Path) -> str:
@@ -86,6 +99,15 @@ def _write_report(output_dir: Path, screen: str, seconds: float, rows_by_source:
         rows.append((name, " -> ".join(shown)))
         groups = read_gain_groups(output_dir, last)
         plots += _try_plot(plot_system_gain, list(gains.values()), output_dir / "system_gain.png")
+    shares = {line["step"]: line for line in metrics if any(f"eval_{name}" in line for name in SAMPLE_METRICS.values())}
+    if shares:
+        first, last = min(shares), loaded[-1] if loaded and loaded[-1] in shares else max(shares)
+        steps = dict.fromkeys((first, last))
+        for name in SAMPLE_METRICS.values():
+            if values := [f"{shares[step][f'eval_{name}']:.1%}" for step in steps if f"eval_{name}" in shares[step]]:
+                label = f"samples: {name.replace('_', ' ')}" + (f", after step {first} and {last}" * (first != last))
+                rows.append((label, " -> ".join(values)))
+        plots += _try_plot(plot_followed, list(shares.values()), output_dir / "followed.png")
     if speeds:
         rows.append(("median speed", f"{speeds[len(speeds) // 2]:,.0f} tokens/s"))
     table = "\n".join(f"| {name} | {value} |" for name, value in rows)
@@ -96,8 +118,29 @@ def _write_report(output_dir: Path, screen: str, seconds: float, rows_by_source:
     )
     write_text(
         output_dir / "report.md",
-        f"# {output_dir.name}\n\n```\n{screen}\n```\n\n| | |\n|---|---|\n{table}{plots}{tables}\n",
+        f"# {output_dir.name}\n\n```\n{screen}\n```\n\n| | |\n|---|---|\n{table}{plots}{tables}\n"
+        f"{_quote_samples(output_dir)}",
     )
+
+
+def _quote_samples(output_dir: Path) -> str:
+    """Return a section with some samples of the last evaluation; empty without samples."""
+    path = output_dir / SAMPLES_FILE
+    samples = read_json_lines(path) if path.is_file() else []
+    if not samples:
+        return ""
+    step = max(sample["step"] for sample in samples)
+    last = [sample for sample in samples if sample["step"] == step]
+    lines = [f"\n## Samples of step {step}", "", f"{SAMPLES_FILE} has all {len(last):,} of this step."]
+    for kind in dict.fromkeys(sample["kind"] for sample in last):
+        of_kind = [sample for sample in last if sample["kind"] == kind and sample["answer"] is not None]
+        lines += ["", f"**{kind}**", ""]
+        for sample in of_kind[:: -(-len(of_kind) // _QUOTED) or 1]:
+            (role, text), *others = ((turn["role"], str(turn["content"])) for turn in sample["messages"])
+            lines += [f"- {role}: {quote_line(text)}", *(f"  - {of}: {quote_line(other)}" for of, other in others)]
+            verdict = {True: " (followed)", False: " (not followed)", None: ""}[sample["verdict"]]
+            lines += [f"  - answer{verdict}: {quote_line(sample['answer'])}"]
+    return "\n".join(lines) + "\n"
 
 
 def _try_plot(plot: Callable[[list[dict[str, Any]], Path], None], metrics: list[dict[str, Any]], path: Path) -> str:

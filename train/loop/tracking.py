@@ -1,10 +1,12 @@
 """Trackers of a run: Weights & Biases and TensorBoard, if the recipe names them."""
 
 import importlib.util
+import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from train.errors import UserError
 from train.ranks import is_first_rank
@@ -54,3 +56,24 @@ def open_trackers(recipe: Recipe, wandb_run: str | None = None) -> Iterator[None
         ) from error
     with run:
         yield
+
+
+def log_samples(trackers: Iterable[Any], step: int, samples: Sequence[Mapping[str, Any]]) -> None:
+    """Log the samples of a step: a table in wandb, text in TensorBoard. `trackers`: the callbacks of the trainer."""
+    from transformers.integrations import TensorBoardCallback, WandbCallback
+
+    for tracker in trackers:
+        if isinstance(tracker, WandbCallback):
+            import wandb
+
+            columns = ["step", "kind", "row", "turn", "messages", "answer", "verdict"]
+            rows = [[_as_cell(sample[name]) for name in columns] for sample in samples]
+            # transformers logs this key with all of its metrics, as the step that wandb shows them over
+            wandb.log({"eval/samples": wandb.Table(columns, rows), "train/global_step": step})
+        elif isinstance(tracker, TensorBoardCallback) and tracker.tb_writer is not None:
+            text = "\n\n".join(f"```\n{json.dumps(sample, ensure_ascii=False, indent=1)}\n```" for sample in samples)
+            tracker.tb_writer.add_text("eval/samples", text, step)
+
+
+def _as_cell(value: Any) -> Any:
+    return json.dumps(value, ensure_ascii=False) if isinstance(value, list) else value

@@ -1,7 +1,7 @@
 """Trainer of a run: TRL's SFTTrainer on prepared rows, with token losses, metrics, guards and preemption."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ from datasets import Dataset
 from torch.distributed.tensor import DTensor
 from torch.utils.data import Sampler, SequentialSampler
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, TrainerCallback
-from transformers.trainer_utils import EvalLoopOutput, TrainOutput
+from transformers.trainer_utils import TrainOutput
 from trl import SFTConfig
 
 from train.data.dataset import LOSS_WEIGHTS, PackedDataset, PaddedDataset
@@ -20,16 +20,14 @@ from train.loop.arguments import as_user_error, without_zero3
 from train.loop.batch_info import BATCH_INFO, BatchInfo, CountingCollator, sum_loss_weights
 from train.loop.checkpoint.manifest import read_checkpoint
 from train.loop.checkpoint.weights import check_savable
-from train.loop.checkpointing import CheckpointingTrainer
 from train.loop.compilation import compile_layers
+from train.loop.evaluating import EvaluatingTrainer
 from train.loop.fsdp import gather_output_layer
 from train.loop.guards.anomalies import Guards
 from train.loop.guards.packing_isolation import PackingIsolationTest
 from train.loop.layer_kernels import LayerKernels
-from train.loop.loss import LossSums, check_weighable, fused_loss, mean_metrics, needs_logits, score_labels
-from train.loop.metrics_log import StepLog
+from train.loop.loss import LossSums, check_weighable, fused_loss, needs_logits, score_labels
 from train.loop.preemption import Preemption
-from train.loop.preemption_callback import EvaluationStoppedError, PreemptionCallback
 from train.loop.sampler import BalancedSampler, share_batches
 from train.loop.sequence_slice import make_group
 from train.loop.source_figures import SourceFigures
@@ -41,11 +39,11 @@ from train.model.attention.sequence_parallel import GROUP
 from train.model.text_part import build_meta_model, find_idle_parameters, freeze
 from train.recipe import Recipe
 from train.recipe.schedule import data_parallel
-from train.system_gain.evaluator import ValidationGain
+from train.samples.rows import SampledRow
 from train.system_gain.variants import VariantRows
 
 
-class JanusTrainer(CheckpointingTrainer):
+class JanusTrainer(EvaluatingTrainer):
     """SFTTrainer on sequences that are packed on the fly, in an order that balances the ranks.
 
     The evaluation loss is the mean over TOKENS, independent of the batches; the system gain is measured beside it.
@@ -57,7 +55,6 @@ class JanusTrainer(CheckpointingTrainer):
     """The order of training, once it has begun."""
     grad_norm: torch.Tensor | float = math.nan
     """Gradient norm of the last step."""
-    _evaluated: LossSums | None = None
     _tokens_since_saved: int = 0
 
     def __init__(
@@ -71,6 +68,7 @@ class JanusTrainer(CheckpointingTrainer):
         *,
         preemption: Preemption | None = None,
         gain: VariantRows | None = None,
+        samples: Sequence[SampledRow] = (),
         about: Mapping[str, Any] | None = None,
     ) -> None:
         """Set up a run.
@@ -84,6 +82,7 @@ class JanusTrainer(CheckpointingTrainer):
             callbacks: further callbacks of the trainer.
             preemption: requests to stop.
             gain: rows on which each evaluation measures the system gain.
+            samples: rows for which each evaluation generates answers.
             about: fingerprint of the data, for the checkpoints.
 
         Raises UserError for settings that TRL or peft refuses, or that leave nothing to train.
@@ -112,6 +111,9 @@ class JanusTrainer(CheckpointingTrainer):
                 processing_class=tokenizer,
                 peft_config=lora_config(recipe.adapter, model, idle),
                 callbacks=callbacks,
+                preemption=preemption,
+                gain=gain,
+                samples=samples,
             )
         self.train_dataset = data.train.dataset
         check_weighable(self, data)
@@ -120,13 +122,9 @@ class JanusTrainer(CheckpointingTrainer):
         eval_batch = 1 if needs_logits(self) else arguments.eval_batch_size * self._groups
         self.eval_dataset = PaddedDataset(data.validation.dataset, eval_batch) if data.validation else None
         self.data_collator = CountingCollator(self.data_collator, self.sequence_group)
-        self._preemption = preemption or Preemption(recipe.output_dir, recipe.save)
         self._sources = SourceFigures(data.train.dataset, self.accelerator.device)
         self._evaluated_sources = SourceFigures((data.validation or data.train).dataset, self.accelerator.device)
         self._throughput = Throughput(self.accelerator, shape, self._sources)
-        self._gain = ValidationGain(recipe, gain.rows, arguments.per_device_eval_batch_size) if gain else None
-        self._preemption_callback = PreemptionCallback(self._preemption, self.accelerator)
-        self._step_log = next((callback for callback in callbacks if isinstance(callback, StepLog)), None)
         self._guards = Guards(recipe.guards, self.accelerator, data.train.dataset.places, recipe.output_dir)
         self.remove_callback(PrinterCallback)
         if recipe.model.use_kernels:
@@ -310,11 +308,6 @@ class JanusTrainer(CheckpointingTrainer):
 
     # Checkpoints
 
-    @property
-    def is_stopping(self) -> bool:
-        """Return whether the run ends with the next checkpoint."""
-        return self._preemption.reason is not None
-
     def figures_to_save(self) -> dict[str, Any]:
         """Return this process's figures since the last logging step, as JSON."""
         return {
@@ -335,64 +328,6 @@ class JanusTrainer(CheckpointingTrainer):
         self.state.num_input_tokens_seen += int(self.accelerator.reduce(tokens))
         self._tokens_since_saved = 0
         super()._save_checkpoint(model, trial)
-
-    # Evaluation
-
-    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """Evaluate, and leave the random state of training unchanged."""
-        devices = [self.args.device] if self.args.device.type == "cuda" else []
-        with torch.random.fork_rng(devices):
-            return super().evaluate(*args, **kwargs)
-
-    def _evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """Run an evaluation that is due in training; if the run has to stop, it is left to the next start.
-
-        That of training.eval_on_start is due when a run begins, not when it resumes.
-        """
-        if kwargs.get("skip_scheduler") and self.state.global_step:
-            return {}
-        try:
-            if self._preemption.reason:
-                raise EvaluationStoppedError
-            self._run_state.evaluation_is_due = False
-            return super()._evaluate(*args, **kwargs)
-        except EvaluationStoppedError:
-            self._run_state.evaluation_is_due = True
-            self.control.should_save = self.control.should_training_stop = True
-            return {}
-
-    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
-        """Return whether this is the best model. One whose evaluation is pending is kept like the best."""
-        return self._run_state.evaluation_is_due or super()._determine_best_metric(metrics, trial)
-
-    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
-        """Evaluate. transformers weighs each batch alike; here each token counts once, in the loss with its weight."""
-        self._evaluated = None
-        self._evaluated_sources.clear()
-        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-        own = self._evaluated or [torch.zeros((), dtype=torch.float64, device=self.args.device)] * 5
-        own_sums = torch.cat([torch.stack(list(own)), self._evaluated_sources.sums.flatten()])
-        sums = self.accelerator.reduce(own_sums, reduction="sum").tolist()
-        means = {f"{metric_key_prefix}_{name}": mean for name, mean in mean_metrics(sums[:5]).items()}
-        output.metrics.update(means | self._evaluated_sources.metrics(sums[5:], f"{metric_key_prefix}_"))
-        if self._gain is not None:
-            output.metrics.update(self._measure_gain(self._gain, metric_key_prefix))
-        return output
-
-    def _measure_gain(self, gain: ValidationGain, prefix: str) -> Mapping[str, float]:
-        """Return the metrics of the system gain. Raises EvaluationStoppedError if the run has to stop."""
-        progress = self._step_log.part("system gain", gain.answers, "answers") if self._step_log else None
-
-        def on_progress(answers: int) -> None:
-            if progress:
-                progress.advance(answers)
-            self._preemption_callback.on_prediction_step(self.args, self.state, self.control)
-
-        try:
-            return gain.measure(self.model_wrapped, self.accelerator, self.state.global_step, prefix, on_progress)
-        finally:
-            if progress:
-                progress.finish()
 
 
 def _first_sequence(sequences: PackedDataset) -> Dataset:

@@ -18,7 +18,6 @@ class Generated:
     cut: bool
 
 
-@torch.inference_mode()
 def generate_batch(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -26,29 +25,48 @@ def generate_batch(
     *,
     max_new_tokens: int,
     sampling: Mapping[str, Any] | None = None,
+    device: torch.device | None = None,
+    synced: bool = False,
 ) -> list[Generated]:
-    """Generate a continuation of each prompt, in one batch. `sampling`: arguments of `generate`; None = greedy.
+    """Generate a continuation of each prompt, in one batch. Special tokens are left out of the text.
 
     Settings that `sampling` doesn't name are the model's own, else off (transformers' default of top_k 50 is not used).
-    Special tokens are left out of the text.
+    The model's modes and the tokenizer's settings don't change.
+
+    Args:
+        model: the model, without a trainer's wrapper.
+        tokenizer: its tokenizer, with a padding token.
+        prompts: rendered conversations.
+        max_new_tokens: maximum tokens of a continuation.
+        sampling: arguments of `generate`; None = greedy.
+        device: device of the inputs, if not the model's.
+        synced: all processes run as many forward passes as the one with the longest continuation.
     """
-    model.eval()
-    inputs = tokenizer(
-        list(prompts),
-        add_special_tokens=False,
-        padding=True,
-        padding_side="left",
-        return_tensors="pt",
-        return_token_type_ids=False,
-    ).to(model.device)
+    ids = tokenizer(list(prompts), add_special_tokens=False).input_ids
+    longest = max(map(len, ids))
+    # Padded here: a tokenizer that pads keeps that as a setting, and saves it with the model.
+    padding = [longest - len(row) for row in ids]
+    inputs = {
+        "input_ids": [[tokenizer.pad_token_id] * missing + row for row, missing in zip(ids, padding, strict=True)],
+        "attention_mask": [[0] * missing + [1] * (longest - missing) for missing in padding],
+    }
+    tensors = {name: torch.tensor(rows, device=device or model.device) for name, rows in inputs.items()}
     if sampling is None:
         sampling = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
     elif model.generation_config.top_k is None:
         sampling = {"top_k": 0, **sampling}
     if "stop_strings" in sampling:
         sampling = {**sampling, "tokenizer": tokenizer}
-    outputs = model.generate(**inputs, max_new_tokens=max_new_tokens, pad_token_id=tokenizer.pad_token_id, **sampling)
-    written = outputs[:, inputs["input_ids"].shape[1] :].tolist()
+    # Not in inference mode: weights that ZeRO-3 or FSDP2 gather in it can't be trained afterwards.
+    with evaluation_mode(model):
+        outputs = model.generate(
+            **tensors,
+            max_new_tokens=max_new_tokens,
+            pad_token_id=tokenizer.pad_token_id,
+            synced_gpus=synced,
+            **sampling,
+        )
+    written = outputs[:, longest:].tolist()
     texts = tokenizer.batch_decode(written, skip_special_tokens=True)
     eos = model.generation_config.eos_token_id
     stops = set(eos) if isinstance(eos, list) else {eos}

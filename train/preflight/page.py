@@ -99,6 +99,8 @@ def page(report: Report, control_tokens: Sequence[str], *, coloured: bool, width
         line("overlap", "no validation row begins with a user message that is also in training")
     if report.system_gain:
         line("system gain", report.system_gain)
+    if report.samples:
+        line("samples", report.samples)
     for number, value in enumerate(_describe_schedule(report)):
         line("" if number else "steps", value)
     for number, value in enumerate(_describe_plan(report)):

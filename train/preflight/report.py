@@ -24,6 +24,7 @@ from train.model.tokenizer import ChatTokenizer
 from train.preflight.checks import find_run_errors
 from train.recipe import Recipe
 from train.recipe.schedule import Schedule, compute_schedule, schedule_error, schedule_warnings, sequences_per_step
+from train.samples.rows import describe_samples, load_sample_rows
 from train.system_gain.validation_rows import describe_gain, gain_metric_error, load_gain_rows
 
 if TYPE_CHECKING:  # the plan imports modelling code
@@ -104,6 +105,7 @@ class Report:
     - `caches`: where the tokens of each source are kept;
     - `outcomes`: dropped rows; `unread`: columns and keys of messages that no format reads;
     - `system_gain`: a sentence on the rows that each evaluation measures it on;
+    - `samples`: a sentence on the answers that each evaluation generates; null if it generates none;
     - `resumes_from`: the checkpoint that the run would resume from;
     - `finished`: a sentence on the finished run of this recipe in output_dir; null if there is none;
     - `plan`: null if no GPUs are has_default.
@@ -129,6 +131,7 @@ class Report:
     unread: list[UnreadText]
     overlap: Overlap
     system_gain: str | None
+    samples: str | None
     schedule: Schedule
     output_dir: str
     resumes_from: str | None
@@ -199,6 +202,7 @@ def build_report(
         unread=list(data.unread),
         overlap=data.overlap,
         system_gain=describe_gain(gain),
+        samples=describe_samples(recipe, load_sample_rows(recipe, tokenizer)),
         schedule=steps,
         output_dir=recipe.output_dir,
         resumes_from=str(checkpoint) if checkpoint else None,

@@ -32,13 +32,14 @@ def start_screen(
     model: "PreTrainedModel",
     arguments: "SFTConfig",
     system_gain: str | None = None,
+    samples: str | None = None,
     *,
     model_notes: Sequence[str] = (),
     width: int = 80,
 ) -> str:
     """Return model, data, batches and trained parameters as plain text in lines of `width` columns.
 
-    `template`, `system_gain`: their descriptions. `model_notes`: sentences on the model.
+    `template`, `system_gain`, `samples`: their descriptions. `model_notes`: sentences on the model.
     """
     from train.loop.compilation import compile_warnings
     from train.model.attention.selection import select_attention
@@ -81,6 +82,7 @@ def start_screen(
         *(("" if number else "not read", value) for number, value in enumerate(describe_unread(data.unread))),
         *(("warning", warning) for warning in warnings),
         *([("system gain", system_gain)] if system_gain else []),
+        *([("samples", samples)] if samples else []),
         (
             "steps",
             f"{format_count(steps.steps, 'step')} of {format_count(steps.sequences_per_step, 'sequence')}, about "

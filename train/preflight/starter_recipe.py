@@ -200,7 +200,7 @@ training:                       # the fields of TRL's SFTConfig
   learning_rate: 2.0e-4
 output_dir: {_quote(f"outputs/{file.stem}")}
 seed: 42
-# Sections left at their defaults: quantization, tracking, save, guards, system_gain.
+# Sections left at their defaults: quantization, tracking, save, guards, system_gain, evaluation.
 """
 
 

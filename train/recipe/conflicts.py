@@ -6,13 +6,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from train.recipe.lr_schedules import FOLLOWS_EVALUATION
+from train.recipe.measurements import GAIN_METRICS, SAMPLE_METRICS, is_gain_metric, measured_by
 from train.recipe.sft_config import CONFIG_FILES, TOKEN_LOSSES, with_defaults
 from train.recipe.yaml_document import Document, closest_match, describe_value, did_you_mean, suggest_files
 
-_METRICS = (
-    *("loss", "entropy", "mean_token_accuracy"),
-    *("system_gain", "system_accuracy", "system_gain_over_none", "system_accuracy_over_none"),
-)
+_METRICS = ("loss", "entropy", "mean_token_accuracy", *GAIN_METRICS, *SAMPLE_METRICS.values())
 """Metrics of an evaluation, TRL's and then our own; times and counts left out."""
 _TEMPLATES = Path(__file__).parents[1] / "data" / "templates"
 
@@ -66,11 +64,6 @@ def training_conflicts(training: Mapping[str, Any], *, has_validation: bool) -> 
     yield from _saving_conflicts(training) if evaluates else _evaluation_required(training)
 
 
-def is_gain_metric(metric: Any) -> bool:
-    """Return whether a `metric_for_best_model` is one of system gain's."""
-    return isinstance(metric, str) and metric.removeprefix("eval_").startswith("system_")
-
-
 def key_of_other_loss(training: Mapping[str, Any]) -> str | None:
     """Return the key that makes the loss another one than `TOKEN_LOSSES`, which TRL computes; None if none does."""
     if training.get("label_smoothing_factor"):
@@ -87,7 +80,7 @@ def _wrong_direction(training: Mapping[str, Any]) -> Iterator[Conflict]:
     metric = training.get("metric_for_best_model", "loss" if training.get("load_best_model_at_end") is True else None)
     if not isinstance(greater, bool) or not isinstance(metric, str):
         return
-    should_be = is_gain_metric(metric) or metric.endswith("mean_token_accuracy")
+    should_be = is_gain_metric(metric) or bool(measured_by(metric)) or metric.endswith("mean_token_accuracy")
     if greater != should_be and (should_be or metric.endswith("loss")):
         better, selected = ("greater", "smallest") if should_be else ("smaller", "greatest")
         yield Conflict(
@@ -155,6 +148,7 @@ def check_sections(document: Document) -> None:
         _check_sequence_parallel(document)
     if document.section("model").get("use_kernels") is True:
         _check_use_kernels(document)
+    _check_evaluation(document)
     targets = document.section("adapter").get("target_modules")
     for index, name in enumerate(targets if isinstance(targets, list) else ()):
         if isinstance(name, str) and name.split(".")[-1] == "lm_head":
@@ -162,6 +156,18 @@ def check_sections(document: Document) -> None:
                 "TRL's fused loss reads the weights of the output layer, so an adapter on it would never be trained"
             )
             document.add_error(("adapter", "target_modules", index), f"{reason}. Remove lm_head.")
+
+
+def _check_evaluation(document: Document) -> None:
+    samples, training = document.section("evaluation"), document.section("training")
+    if samples and document.section("data").get("validation") is None:
+        remedy = "Add `data.validation` (a share such as 0.01, or sources), or remove this section"
+        document.add_error(("evaluation",), f"the model is evaluated on validation rows, and has none. {remedy}.")
+    metric = training.get("metric_for_best_model")
+    kind = measured_by(metric)
+    if kind and samples.get(kind) is None:
+        message = f"{metric} is measured by `evaluation.{kind}`, which is missing. Add it, or write eval_loss."
+        document.add_error(("training", "metric_for_best_model"), message)
 
 
 def _check_float8(document: Document) -> None:
@@ -221,6 +227,11 @@ def check_files(document: Document) -> None:
             gains = source.get("min_gain") if isinstance(source, dict) else None
             if isinstance(gains, str) and not Path(gains).is_file():
                 document.add_error(("data", section, number, "min_gain"), _no_file(gains))
+    for kind in "rules", "ifeval", "prompts":
+        settings = document.section("evaluation").get(kind)
+        file = settings.get("path") if isinstance(settings, dict) else None
+        if isinstance(file, str) and file and not Path(file).is_file():
+            document.add_error(("evaluation", kind, "path"), _no_file(file))
     for key in CONFIG_FILES:
         file = document.section("training").get(key)
         if not isinstance(file, str) or file.startswith("{") or not (file.endswith(".json") or "/" in file):

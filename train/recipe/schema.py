@@ -12,20 +12,13 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, PrivateAttr, Tag, model_serializer
+from pydantic import Discriminator, Field, PrivateAttr, Tag, model_serializer
 
+from train.recipe.measurements import EvaluationSection, SystemGainSection
+from train.recipe.section import PathText, Section, Text
 from train.recipe.sft_config import training_fields
 from train.recipe.validation import validate_recipe
 from train.recipe.yaml_document import Document, RecipeDumper
-from train.storage.local_paths import LocalPath
-
-
-class Section(BaseModel):
-    """Base of all sections: strict and frozen; the docstring of each attribute becomes its description."""
-
-    model_config = ConfigDict(
-        extra="forbid", strict=True, frozen=True, allow_inf_nan=False, use_attribute_docstrings=True
-    )
 
 
 def _branch(value: object) -> str:
@@ -56,8 +49,6 @@ HubKernelName = Annotated[
     ),
 ]
 """A kernel of the hub, by a name that transformers accepts: `publisher/repository[@revision][:function]`."""
-Text = Annotated[str, Field(min_length=1)]
-PathText = Annotated[Text, LocalPath()]
 Texts = Annotated[tuple[Text, ...], Field(strict=False, min_length=1)]  # immutable
 
 
@@ -298,16 +289,6 @@ class GuardsSection(Section):
     the median absolute deviation, which is robust to spikes); null = off."""
 
 
-class SystemGainSection(Section):
-    """System gain, how much the model follows system messages, measured at each evaluation
-    (train/system_gain/metric.py)."""
-
-    rows: int = Field(default=128, ge=0)
-    """Maximum number of validation rows, sampled by `seed`; 0 = off."""
-    others: int = Field(default=2, ge=1)
-    """Maximum number of other system messages under which each answer is scored; once more without one."""
-
-
 @dataclass(frozen=True)
 class _Origin:
     """File and overrides of a recipe; not part of its equality."""
@@ -354,6 +335,9 @@ class Recipe(Section):
     system_gain: SystemGainSection = SystemGainSection()
     """System gain, how much the model follows system messages, measured at each evaluation: eval_system_gain in
     metrics.jsonl. As training.metric_for_best_model it selects the best checkpoint."""
+    evaluation: EvaluationSection | None = None
+    """Answers that the model generates at each evaluation; null = none. The shares that follow the system message are
+    metrics of the evaluation; as training.metric_for_best_model one of them selects the best checkpoint."""
     output_dir: PathText
     """Folder of the finished model, its checkpoints, metrics.jsonl and report.md."""
     seed: int = Field(default=42, ge=0, lt=2**32)  # numpy's limit

@@ -73,6 +73,12 @@ def code_block(text: str) -> str:
     return f"{fence}text\n{text}\n{fence}"
 
 
+def quote_line(text: str) -> str:
+    """Return `text`, or its first 300 characters, as code on one line of Markdown."""
+    shown = text if len(text) <= 300 else text[:300] + " ..."
+    return "`" + shown.replace("`", "'").replace("\n", " ⏎ ") + "`"
+
+
 def truncate_middle(text: str, limit: int) -> str:
     """Return `text` on one line of at most `limit` characters, with the middle replaced by `...`."""
     text = " ".join(text.split())

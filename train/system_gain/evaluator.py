@@ -1,6 +1,5 @@
 """System gain in every evaluation: measured on some validation rows, logged with the loss, recorded by groups."""
 
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -9,8 +8,7 @@ from typing import TYPE_CHECKING, Any
 from train.errors import UserError
 from train.ranks import is_first_rank
 from train.recipe import Recipe
-from train.storage.atomic_write import atomic_write, write_text
-from train.storage.jsonl import read_json_lines
+from train.storage.step_lines import replace_lines
 
 if TYPE_CHECKING:  # importing them takes seconds, and `--check` needs no more of this module than FILE
     from accelerate import Accelerator
@@ -23,6 +21,8 @@ FILE = "system_gain.jsonl"
 
 class ValidationGain:
     """Measurement of a run's model on `rows`, in batches as large as those of the evaluation; none without rows."""
+
+    name = "system gain"
 
     def __init__(self, recipe: Recipe, rows: "Sequence[Variants]", sequences_per_batch: int) -> None:
         self._rows, self._seed = rows, recipe.seed
@@ -62,30 +62,8 @@ class ValidationGain:
                 print(f"warning: {error}", flush=True)
             return dict.fromkeys([f"{prefix}_system_{name}" for name in MEASURES], math.nan)
         if is_first_rank():
-            self._record({"step": step, **gain.record()})
+            replace_lines(self._path, step, [{"step": step, **gain.record()}])
         by_source = {of: figures for (name, of), figures in gain.groups.items() if name == SOURCE_LABEL}
         return gain.metrics(f"{prefix}_") | {
             f"{prefix}_system_gain/{source}": figures.gain.mean for source, figures in by_source.items()
         }
-
-    def _record(self, record: dict[str, Any]) -> None:
-        """Append a line to those of earlier steps of this run.
-
-        Lines after the checkpoint that a run resumes from are replaced, as those steps are measured again. A run that
-        starts from the beginning in the folder of another keeps none of its lines.
-        """
-        try:
-            earlier = [line for line in self._earlier() if line["step"] < record["step"]]
-            with atomic_write(self._path) as [unfinished]:  # a full disk must not cost the lines that were there
-                write_text(unfinished, "".join(json.dumps(line) + "\n" for line in [*earlier, record]))
-        except OSError as error:
-            print(f"warning: {self._path} can't be written: {error.strerror}", flush=True)
-
-    def _earlier(self) -> list[dict[str, Any]]:
-        """Return the lines in the file whose steps metrics.jsonl has a gain of; all without a metrics.jsonl."""
-        lines = read_json_lines(self._path) if self._path.is_file() else []
-        metrics = self._path.with_name("metrics.jsonl")
-        if not metrics.is_file():
-            return lines
-        steps = {line["step"] for line in read_json_lines(metrics) if "eval_system_gain" in line}
-        return [line for line in lines if line["step"] in steps]

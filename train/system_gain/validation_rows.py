@@ -18,7 +18,7 @@ from train.data.tokens.workers import RowTokenizer
 from train.formatting import format_count
 from train.progress import progress_bar
 from train.recipe import Recipe
-from train.recipe.conflicts import is_gain_metric
+from train.recipe.measurements import is_gain_metric
 from train.system_gain.variants import (
     SOURCE_LABEL,
     LabelledConversation,

@@ -13,8 +13,8 @@ import pytest
 from killed_batches import check_killed_run
 from scripted_server import Asked, Reply, error, said, served
 
-from train.evaluation.hierarchy.selection import select_rows
 from train.pressure.evaluation_set import VERSION, PressureRow, build_rows
+from train.pressure.selection import select_rows
 from train.pressure.tactics import SETTINGS, tactics
 
 ROOT = Path(__file__).parents[3]

@@ -9,7 +9,7 @@ import pytest
 from killed_batches import check_killed_run
 from scripted_server import Asked, Reply, error, said, served
 
-from train.evaluation.ifeval.rows import read_rows
+from train.ifeval.rows import read_rows
 
 ROOT = Path(__file__).parents[3]
 OURS = ROOT / "recipes" / "smollm2-135m" / "data"

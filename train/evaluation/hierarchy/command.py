@@ -28,11 +28,11 @@ from train.evaluation.hierarchy.pressure_set import (
 )
 from train.evaluation.hierarchy.report import HEADING, details_of, plot_parts, section, settings_of
 from train.evaluation.hierarchy.results_of_set import SetResults
-from train.evaluation.hierarchy.selection import select_rows
 from train.evaluation.hierarchy.system_ifeval import read_gap
 from train.evaluation.judge_options import contact_judge_once
 from train.evaluation.results_dir import Writer, as_json, as_jsonl, exclusive, write_results
 from train.pressure.evaluation_set import build_rows
+from train.pressure.selection import select_rows
 from train.pressure.tactics import SETTINGS
 
 if TYPE_CHECKING:

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 from train.errors import UserError
 from train.evaluation.answer_endings import describe_ending
 from train.evaluation.hierarchy.options import HierarchyOptions
-from train.evaluation.hierarchy.tool_results import arguments_as_text, has_tool_results, why_no_tool_turns
 from train.evaluation.models.options import LocalModel, ServedModel
 from train.evaluation.results_dir import fingerprint_of
 from train.llm.failures import RequestFailed
@@ -17,6 +16,7 @@ from train.llm.refusals import option_formatter
 from train.llm.request import Answer
 from train.pressure.conversations import Message, result_in_user_turn
 from train.pressure.evaluation_set import VERSION, PressureRow
+from train.pressure.tool_results import arguments_as_text, has_tool_results, why_no_tool_turns
 
 if TYPE_CHECKING:
     from train.evaluation.models.responses import OpenModel
@@ -54,7 +54,10 @@ def ask(
     with_results = [number for number, messages in enumerate(conversations) if has_tool_results(messages)]
     why = ""
     if with_results and isinstance(model, LocalModel):
-        why = why_no_tool_turns(model, config.extra.get("chat_template_kwargs") or {})
+        from train.evaluation.models.local import open_tokenizer
+
+        tokenizer = open_tokenizer(model.model, model.template, model.system_role)
+        why = why_no_tool_turns(tokenizer, config.extra.get("chat_template_kwargs") or {})
         if why:
             conversations = [result_in_user_turn(messages) for messages in conversations]
     if isinstance(model, ServedModel) or config.engine == "vllm":

@@ -9,8 +9,8 @@ from pydantic import BaseModel, ConfigDict
 from train.data.sources.formats import RowError
 from train.data.sources.source import read_rows
 from train.errors import UserError
-from train.evaluation.jsonl_rows import check_row
 from train.recipe import Source
+from train.storage.jsonl_rows import check_row
 from train.storage.local_paths import describe_missing_path, looks_like_hub_id
 
 Row = TypeVar("Row", bound=BaseModel)

@@ -5,10 +5,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from train.evaluation.formatting import format_points, format_share, quote_line
+from train.evaluation.formatting import format_points, format_share
 from train.evaluation.hierarchy.figures import MEASURES, SPLITS, Figures, Line, Shares, by
 from train.evaluation.hierarchy.results_of_set import SetResults, TablePart
 from train.formatting import format_count
+from train.reporting.markdown import quote_line
 from train.reporting.plots import BASELINE_COLOR, COLOR, BarSeries, Interval, bar_plot
 from train.resampling import Estimate, explain_missing_intervals
 

@@ -22,10 +22,12 @@ from train.errors import UserError
 from train.evaluation.answer_endings import NO_ANSWER, describe_ending, summarize_unanswered
 from train.evaluation.answer_options import AnswerOptions
 from train.evaluation.command_options import add_options, load_settings
-from train.evaluation.ifeval.checkers import Checkers
 from train.evaluation.ifeval.metrics import gaps, gaps_by_rule, shares, shares_by_rule
 from train.evaluation.ifeval.report import HEADING, CheckedAnswer, plot_shares, section
-from train.evaluation.ifeval.rows import (
+from train.evaluation.required_paths import require_file
+from train.evaluation.results_dir import Writer, as_json, exclusive, fingerprint_of, write_results
+from train.ifeval.checkers import Checkers
+from train.ifeval.rows import (
     PLACES,
     SKIPPED,
     IFEvalRow,
@@ -34,8 +36,6 @@ from train.evaluation.ifeval.rows import (
     read_rows,
     refuse_swapped_control,
 )
-from train.evaluation.required_paths import require_file
-from train.evaluation.results_dir import Writer, as_json, exclusive, fingerprint_of, write_results
 from train.llm.refusals import option_formatter
 from train.llm.request import Answer
 from train.llm.system_role import merge_into_user

@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from train.evaluation.ifeval.checkers import ConstraintVerdict
-from train.evaluation.ifeval.rows import IFEvalRow
+from train.ifeval.checkers import ConstraintVerdict
+from train.ifeval.rows import IFEvalRow
 from train.resampling import (
     DIFFERENCE_BOUNDS,
     SHARE_BOUNDS,

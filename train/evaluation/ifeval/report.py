@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from train.evaluation.formatting import format_estimate, format_points
-from train.evaluation.ifeval.checkers import ConstraintVerdict
 from train.evaluation.ifeval.metrics import MEASURES, Share
 from train.formatting import format_count
+from train.ifeval.checkers import ConstraintVerdict
 from train.reporting.plots import BASELINE_COLOR, COLOR, BarSeries, bar_plot
 from train.resampling import Estimate, explain_missing_intervals
 

@@ -5,10 +5,11 @@ from pathlib import Path
 from typing import Any
 
 from train.evaluation.answer_endings import summarize_unanswered
-from train.evaluation.formatting import format_estimate, quote_line
+from train.evaluation.formatting import format_estimate
 from train.evaluation.turns.curves import draw_curve, turn_panels
 from train.evaluation.turns.figures import ALL, KINDS, VARIANTS, JudgedTurns, of_kind
 from train.formatting import format_count
+from train.reporting.markdown import quote_line
 from train.resampling import explain_missing_intervals, missing_interval_reason
 
 HEADING = "## Does the system message hold over several turns?"

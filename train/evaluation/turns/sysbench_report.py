@@ -4,13 +4,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from train.evaluation.formatting import format_estimate, quote_line
+from train.evaluation.formatting import format_estimate
 from train.evaluation.judge_report import missing_verdict_lines
 from train.evaluation.turns.curves import draw_curve, turn_panels
 from train.evaluation.turns.sysbench_figures import ALIGNMENTS, MEASURES, ROUNDS
 from train.evaluation.turns.sysbench_rows import TURNS
 from train.formatting import format_count
-from train.reporting.markdown import format_table
+from train.reporting.markdown import format_table, quote_line
 from train.reporting.plots import COLOR
 from train.resampling import explain_missing_intervals, missing_interval_reason
 

@@ -11,9 +11,9 @@ from typing import Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from train.errors import UserError
-from train.evaluation.jsonl_rows import ChatMessage, check_row
 from train.evaluation.required_paths import require_file
 from train.evaluation.turns.histories import Dialogue
+from train.storage.jsonl_rows import ChatMessage, check_row
 
 OPTION = "--sysbench"
 TURNS = 5

@@ -15,14 +15,14 @@ from train.loop.checkpoint.fingerprint import RESUMABLE_CHANGES, changed_keys
 from train.loop.checkpoint.manifest import Checkpoint, read_manifest
 from train.ranks import is_first_rank
 from train.recipe import Recipe
-from train.recipe.conflicts import is_gain_metric
+from train.recipe.measurements import SECTIONS, is_only_reported
 
 _SELECTION_KEYS = {
     "training.metric_for_best_model",
     "training.greater_is_better",
     "training.load_best_model_at_end",
 }
-_EVALUATION_SECTIONS = ("data.", "made.", "chat.")
+_EVALUATION_SECTIONS = ("data.", "made.", "chat.", *SECTIONS)
 """Sections of keys that two evaluations must share for their metrics to be comparable."""
 
 
@@ -81,9 +81,14 @@ class BestModel:
         be compared with later ones, the search begins again.
         """
         changed = changed_keys(checkpoint.manifest["run"], self._run)
-        by_gain = is_gain_metric(self._arguments.metric_for_best_model)
-        sections = (*_EVALUATION_SECTIONS, "system_gain.") if by_gain else _EVALUATION_SECTIONS
-        incomparable = [key for key in changed if key.startswith(sections) and key not in RESUMABLE_CHANGES]
+        metric = self._arguments.metric_for_best_model
+        incomparable = [
+            key
+            for key in changed
+            if key.startswith(_EVALUATION_SECTIONS)
+            and key not in RESUMABLE_CHANGES
+            and not is_only_reported(key, metric)
+        ]
         if incomparable and state.best_global_step:
             _clear(state)
             if self._arguments.load_best_model_at_end and is_first_rank():

@@ -26,6 +26,8 @@ _PERMISSIONS = {"model.allow_16bit_training"}
 RESUMABLE_CHANGES = {
     "data.cache_dir",
     "data.processes",
+    "evaluation.batch_size",
+    "evaluation.shown",
     "model.attention",
     "model.use_kernels",
     "made.template",

@@ -25,7 +25,7 @@ from train.loop.checkpoint.joint_verification import Verify, has_peers, verify_a
 from train.loop.checkpoint.manifest import Checkpoint, list_checkpoints
 from train.ranks import is_first_rank
 from train.recipe import Recipe
-from train.recipe.conflicts import is_gain_metric
+from train.recipe.measurements import is_only_reported
 from train.recipe.schedule import BATCH_KEYS, data_parallel, sequences_per_step
 from train.recipe.sft_config import training_fields
 
@@ -122,13 +122,13 @@ def refuse_changes(
     Raises UserError for differences that change what is computed, unless `anyway` names them.
     """
     changed = changed_keys(before, now)
-    by_gain = is_gain_metric(get_value(now, "training.metric_for_best_model"))
+    metric = get_value(now, "training.metric_for_best_model")
     allowed = RESUMABLE_CHANGES | ({"chat.template"} if records_tokens(before) else set()) | set(anyway)
     if not {"made.tokens", *DATA_KEYS}.isdisjoint(anyway):
         allowed |= {"made.tokens"}
     if any(key.startswith(("data.", "made.")) or key in ("seed", *BATCH_KEYS) for key in anyway):
         allowed |= {"made.rows", "made.sequences"}  # consequences of the allowed change
-    refused = [key for key in changed if key not in allowed and (by_gain or not key.startswith("system_gain."))]
+    refused = [key for key in changed if key not in allowed and not is_only_reported(key, metric)]
     if refused:
         differences = []
         for key in refused:

@@ -8,7 +8,7 @@ from typing import Any, Self
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from train.errors import UserError
-from train.evaluation.jsonl_rows import ChatMessage, read_jsonl_rows
+from train.storage.jsonl_rows import ChatMessage, read_jsonl_rows
 
 SKIPPED = ("language:response_language", "combination:repeat_prompt")
 """Rules that the official scoring of S-IFEval skips, with every prompt that has one: 470 of 541 prompts stay."""

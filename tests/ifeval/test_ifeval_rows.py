@@ -13,11 +13,11 @@ import pytest
 from external_data import FOLDER
 
 from train.errors import UserError
-from train.evaluation.ifeval.checkers import Checkers, ConstraintVerdict
 from train.evaluation.ifeval.metrics import gaps, gaps_by_rule, shares, shares_by_rule
-from train.evaluation.ifeval.rows import SKIPPED, IFEvalRow, match_rows, read_rows, refuse_swapped_control
+from train.ifeval.checkers import Checkers, ConstraintVerdict
+from train.ifeval.rows import SKIPPED, IFEvalRow, match_rows, read_rows, refuse_swapped_control
 
-ROOT = Path(__file__).parents[3]
+ROOT = Path(__file__).parents[2]
 OURS = ROOT / "recipes" / "smollm2-135m" / "data"
 PUBLISHED = FOLDER / "system_ifeval"
 
@@ -175,7 +175,7 @@ def test_verdicts_are_the_checkers_own_on_every_row(checkers: Checkers, tmp_path
 def test_the_sentence_model_is_nltks_and_needs_no_download() -> None:
     """A new process without nltk's data and without downloads: the sizes are those of punkt_tab."""
     code = (
-        "from train.evaluation.ifeval.checkers import Checkers\nimport nltk, nltk.downloader\n"
+        "from train.ifeval.checkers import Checkers\nimport nltk, nltk.downloader\n"
         "nltk.download = nltk.downloader.download = None\nchecked = Checkers()\nprint(checked.sentences)\n"
         "model = nltk.data.load('nltk:tokenizers/punkt/english.pickle')._params\n"
         "print(len(model.abbrev_types), len(model.collocations), len(model.sent_starters), len(model.ortho_context))\n"

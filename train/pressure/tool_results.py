@@ -2,10 +2,12 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from train.evaluation.models.options import LocalModel
 from train.pressure.conversations import Message, tool_turns
+
+if TYPE_CHECKING:  # importing it takes a second
+    from transformers import PreTrainedTokenizerBase
 
 _RESULT = "The gate opens at nine."
 _QUESTION = "When does the gate open?"
@@ -16,14 +18,11 @@ def has_tool_results(messages: Sequence[Mapping[str, Any]]) -> bool:
     return any(message["role"] == "tool" for message in messages)
 
 
-def why_no_tool_turns(model: LocalModel, options: Mapping[str, Any]) -> str:
-    """Return why the template of a local model can't show a tool result; empty if it does.
+def why_no_tool_turns(tokenizer: "PreTrainedTokenizerBase", options: Mapping[str, Any]) -> str:
+    """Return why the template of `tokenizer` can't show a tool result; empty if it does.
 
-    `options`: further arguments of the template. Raises UserError if the tokenizer cannot be loaded.
+    `options`: further arguments of the template.
     """
-    from train.evaluation.models.local import open_tokenizer
-
-    tokenizer = open_tokenizer(model.model, model.template, model.system_role)
     conversation = [{"role": "system", "content": "Be kind."}, *tool_turns(_QUESTION, _RESULT)]
     try:
         text = tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True, **options)

@@ -18,8 +18,8 @@ from types import ModuleType
 from typing import Any
 
 from train.errors import UserError
-from train.evaluation.ifeval.punkt import missing_package, provide_punkt
-from train.evaluation.ifeval.rows import IFEvalRow
+from train.ifeval.punkt import missing_package, provide_punkt
+from train.ifeval.rows import IFEvalRow
 
 _LISTS = ("keywords", "forbidden_words")
 

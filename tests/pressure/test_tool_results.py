@@ -3,9 +3,10 @@
 import json
 from pathlib import Path
 
-from train.evaluation.hierarchy.tool_results import arguments_as_text, has_tool_results, why_no_tool_turns
-from train.evaluation.models.options import LocalModel
+from transformers import AutoTokenizer
+
 from train.pressure.conversations import result_in_user_turn, tool_turns
+from train.pressure.tool_results import arguments_as_text, has_tool_results, why_no_tool_turns
 
 WITHOUT_TOOLS = (
     "{% for message in messages %}{% if message.role != 'tool' %}"
@@ -14,18 +15,18 @@ WITHOUT_TOOLS = (
 
 
 def test_a_template_that_shows_tool_results_needs_nothing(smollm2: Path) -> None:
-    assert why_no_tool_turns(LocalModel(str(smollm2)), {}) == ""
+    assert why_no_tool_turns(AutoTokenizer.from_pretrained(smollm2), {}) == ""
 
 
 def test_a_template_that_refuses_tool_results_says_why(tiny_chat_model: Path) -> None:
-    why = why_no_tool_turns(LocalModel(str(tiny_chat_model)), {})
+    why = why_no_tool_turns(AutoTokenizer.from_pretrained(tiny_chat_model), {})
     assert why == "the chat template refuses it: the template chatml has no turn for the role tool"
 
 
-def test_a_template_that_drops_tool_results_is_seen(tiny_chat_model: Path, tmp_path: Path) -> None:
-    (tmp_path / "drops.jinja").write_text(WITHOUT_TOOLS, encoding="utf-8")
-    model = LocalModel(str(tiny_chat_model), template=str(tmp_path / "drops.jinja"))
-    assert why_no_tool_turns(model, {}) == "the chat template leaves it out"
+def test_a_template_that_drops_tool_results_is_seen(tiny_chat_model: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tiny_chat_model)
+    tokenizer.chat_template = WITHOUT_TOOLS
+    assert why_no_tool_turns(tokenizer, {}) == "the chat template leaves it out"
 
 
 def test_the_result_moves_into_the_turn_of_the_question() -> None:

@@ -1,0 +1,1 @@
+"""IFEval: rows with constraints, and the checkers of lm-evaluation-harness that judge answers to them."""

@@ -1,0 +1,1 @@
+"""Samples: answers that a run generates at each evaluation, judged by programs."""

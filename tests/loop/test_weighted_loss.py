@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import pytest
 import torch
 from test_trainer import make_trainer
 from tiny_words import WORDS
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from train.data.dataset import LOSS_WEIGHTS, PackedDataset
 from train.errors import UserError
@@ -270,3 +271,18 @@ def test_losses_that_cannot_be_weighted_are_refused(weighted_recipe: Callable[..
     error = r"^data: .* of 36 training rows .* loss of training\.label_smoothing_factor without weights"
     with pytest.raises(UserError, match=error):
         make_trainer(weighted_recipe(training={"label_smoothing_factor": 0.1}))
+
+
+def test_weights_beside_a_router_loss_are_refused(
+    weighted_recipe: Callable[..., Recipe], tiny_model: Path, tmp_path: Path
+) -> None:
+    """TRL computes the loss of a mixture of experts, whose auxiliary loss is on by default."""
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2}
+    experts = {"moe_intermediate_size": 16, "num_experts": 2, "num_experts_per_tok": 1}
+    config = AutoConfig.for_model("qwen3_moe", vocab_size=512, head_dim=16, **sizes, **experts)
+    folder = shutil.copytree(tiny_model, tmp_path / "experts")
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    model = {"name_or_path": str(folder)}
+    with pytest.raises(UserError, match=r"^training\.router_aux_loss_coef: .* without the loss weights"):
+        make_trainer(weighted_recipe(model=model))
+    assert make_trainer(weighted_recipe(model=model, training={"router_aux_loss_coef": 0.0}))

@@ -135,14 +135,14 @@ def ended_at(*arguments: str) -> int:
     generate_batch, batches = generation.generate_batch, 0
     output_dir = json.loads(Path(rest[1]).read_text(encoding="utf-8"))["output_dir"]
 
-    def generate(*positional: Any, **named: Any) -> Any:
+    def generate(*positional: Any, **options: Any) -> Any:
         nonlocal batches
         batches += 1
         if batches == int(batch) and int(os.environ.get("RANK", "0")) == int(os.environ.get("WORLD_SIZE", "1")) - 1:
             if how == "SIGKILL":
                 os.kill(os.getpid(), signal.SIGKILL)
             Path(output_dir, "stop").touch()
-        return generate_batch(*positional, **named)
+        return generate_batch(*positional, **options)
 
     generation.generate_batch = generate
     return sft(*rest)

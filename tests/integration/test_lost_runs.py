@@ -115,8 +115,14 @@ def killed_at(*arguments: str) -> int:
     *rest, moment = arguments
     lines, victim = map(int, moment.split(","))
     watched = (
-        *("transformers/trainer.py", "loop/trainer.py", "loop/checkpointing.py", "loop/saving.py", "serialization.py"),
-        *("checkpoint/writer.py", "checkpoint/trainer_state.py"),
+        *(
+            "transformers/trainer.py",
+            "loop/trainer.py",
+            "loop/evaluating.py",
+            "loop/checkpointing.py",
+            "loop/saving.py",
+        ),
+        *("serialization.py", "checkpoint/writer.py", "checkpoint/trainer_state.py"),
     )
     counted = 0
 

@@ -86,7 +86,7 @@ def test_a_check_needs_no_weights_and_writes_its_json(
     report = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
     assert report.keys() == {
         *("ready", "error", "warnings", "model", "dtype", "template", "probe", "max_length", "packing", "training"),
-        *("chat", "system_messages", "caches", "float8", "system_gain", "unread", "loss_weights"),
+        *("chat", "system_messages", "caches", "float8", "system_gain", "samples", "unread", "loss_weights"),
         *("validation", "outcomes", "overlap", "schedule", "output_dir", "resumes_from", "plan", "examples"),
         "finished",
     }

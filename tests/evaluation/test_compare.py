@@ -9,6 +9,7 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import pytest
+from plain_intervals import plain_interval
 from safetensors.torch import load_file, save_file
 from scripted_server import Asked, Reply, said, served
 
@@ -48,16 +49,6 @@ def lines(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def plain_interval(values: list[list[float]]) -> tuple[float, float]:
-    rng = random.Random(4)
-    means = []
-    for _ in range(2_000):
-        drawn = [number for _ in values for number in rng.choice(values)]
-        means.append(sum(drawn) / len(drawn))
-    means.sort()
-    return means[50], means[-50]
-
-
 def compared(folder: Path) -> dict[tuple[str, str], dict]:
     record = json.loads((folder / "compare.json").read_text(encoding="utf-8"))
     return {(entry["kind"], entry["measure"]): entry for entry in record["measures"]}
@@ -85,7 +76,9 @@ def test_the_difference_is_that_of_the_rows(
             assert entry["paired"]["mean"] == pytest.approx(sum(flat) / len(flat))
             assert entry["change"] == pytest.approx(entry["b"]["value"] - entry["a"]["value"])
             assert entry["paired"]["mean"] == pytest.approx(entry["change"])
-            assert (entry["paired"]["low"], entry["paired"]["high"]) == pytest.approx(plain_interval(values), abs=0.03)
+            assert (entry["paired"]["low"], entry["paired"]["high"]) == pytest.approx(
+                plain_interval(values, 4), abs=0.03
+            )
             assert entry["rows"] == 40
     better = entries["ifeval", "system: constraints, strict"]
     assert better["paired"]["low"] > 0
@@ -137,7 +130,7 @@ def test_the_bootstrap_resamples_groups_of_rows() -> None:
     [pair] = compare_results(*sides).pairs
     assert pair.rows == 60
     assert pair.difference.mean == pytest.approx(sum(differences) / 10)
-    low, high = plain_interval([[difference] * 12 for difference in differences])
+    low, high = plain_interval([[difference] * 12 for difference in differences], 4)
     assert (pair.difference.low, pair.difference.high) == pytest.approx((low, high), abs=0.11)
     assert high - low > 0.6
 

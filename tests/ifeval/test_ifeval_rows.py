@@ -11,6 +11,7 @@ from types import ModuleType
 
 import pytest
 from external_data import FOLDER
+from plain_intervals import plain_interval
 
 from train.errors import UserError
 from train.evaluation.ifeval.metrics import gaps, gaps_by_rule, shares, shares_by_rule
@@ -300,17 +301,6 @@ def some_verdicts(seed: int, rows: list[IFEvalRow], share: float) -> list[Constr
         follows = rng.random() < share
         strict.append(tuple(follows != (rng.random() < 0.1) for _ in item.instructions))
     return [ConstraintVerdict(item, tuple(follows or rng.random() < 0.2 for follows in item)) for item in strict]
-
-
-def plain_interval(values: list[list[float]], seed: int) -> tuple[float, float]:
-    """The 95 % interval of means over resampled prompts, each with all of its numbers."""
-    rng = random.Random(seed)
-    means = []
-    for _ in range(2_000):
-        drawn = [number for _ in values for number in rng.choice(values)]
-        means.append(sum(drawn) / len(drawn))
-    means.sort()
-    return means[50], means[-50]
 
 
 def test_figures_equal_a_plain_loop() -> None:

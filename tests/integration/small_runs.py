@@ -9,6 +9,18 @@ from typing import Any
 
 from tiny_words import WORDS
 
+EVALUATED_AT_EACH_STEP = {
+    "learning_rate": 0.02,
+    "num_train_epochs": ...,
+    "max_steps": 3,
+    "eval_strategy": "steps",
+    "eval_steps": 1,
+    "eval_on_start": True,
+    "save_strategy": "steps",
+    "save_steps": 1,
+}
+"""Section `training` of a run with evaluations and checkpoints, for the fixture `recipe_file`."""
+
 
 @dataclass(frozen=True)
 class Kind:

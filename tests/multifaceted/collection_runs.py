@@ -7,11 +7,13 @@ from typing import Any
 
 import yaml
 from scripted_author import SEED, Author, expected, number_in, row_of
-from scripted_server import Asked, Reply, Script, said, served
+from scripted_server import Asked, Reply, Script, ScriptedServer, said, served
 
 from train.multifaceted.collection.config import load_config
 from train.multifaceted.collection.hierarchy import PreferencePlan, load_hierarchy
 from train.multifaceted.collection.run import RunResult, run
+
+OUTPUTS = ("data/rows.jsonl", "pairs/rows.jsonl", "left_out.jsonl")
 
 
 def configuration(folder: Path, url: str, source: Path, **changes: Any) -> Path:
@@ -31,6 +33,20 @@ def configuration(folder: Path, url: str, source: Path, **changes: Any) -> Path:
 def run_file(path: Path) -> None:
     """Run a configuration file, in a process of its own."""
     run(load_config(path))
+
+
+def run_to_the_end(path: Path, server: ScriptedServer) -> None:
+    """Run a configuration file twice; the second run asks nothing."""
+    run_file(path)
+    requests = len(server.asked)
+    run_file(path)
+    assert len(server.asked) == requests
+
+
+def check_same_rows(folder: Path, other: Path) -> None:
+    """Check that the rows, pairs and left-out rows of two runs are the same to the byte."""
+    for name in OUTPUTS:
+        assert (folder / "out" / name).read_bytes() == (other / "out" / name).read_bytes()
 
 
 def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:

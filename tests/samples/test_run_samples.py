@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from small_runs import EVALUATED_AT_EACH_STEP as TRAINING
 
 from train.evaluation.models.options import LocalModel
 from train.evaluation.models.responses import generate_answers
@@ -20,16 +21,6 @@ from train.sft import main
 
 DATA = Path(__file__).parents[2] / "recipes" / "smollm2-135m" / "data"
 HELD_OUT = DATA / "held_out.jsonl"
-TRAINING = {
-    "learning_rate": 0.02,
-    "num_train_epochs": ...,
-    "max_steps": 3,
-    "eval_strategy": "steps",
-    "eval_steps": 1,
-    "eval_on_start": True,
-    "save_strategy": "steps",
-    "save_steps": 1,
-}
 EVALUATION = {
     "rules": {"path": str(HELD_OUT), "rows": 5},
     "hierarchy": {"rows": 2},

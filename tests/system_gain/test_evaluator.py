@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from small_runs import EVALUATED_AT_EACH_STEP
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from train import progress
@@ -17,14 +18,7 @@ from train.system_gain.metric import system_gain
 from train.system_gain.variants import make_variants, read_labelled_conversations
 
 TRAINING = {
-    "learning_rate": 0.02,
-    "num_train_epochs": ...,
-    "max_steps": 3,
-    "eval_strategy": "steps",
-    "eval_steps": 1,
-    "eval_on_start": True,
-    "save_strategy": "steps",
-    "save_steps": 1,
+    **EVALUATED_AT_EACH_STEP,
     "load_best_model_at_end": True,
     "metric_for_best_model": "eval_system_gain",
     "bf16": False,

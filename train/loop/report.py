@@ -12,6 +12,7 @@ from train.reporting.markdown import quote_line
 from train.reporting.plots import escape_math, plot_metric, step_plot
 from train.resampling import MIN_GROUPS
 from train.samples.evaluator import FILE as SAMPLES_FILE
+from train.samples.evaluator import describe_verdict
 from train.storage.atomic_write import write_text
 from train.storage.jsonl import read_json_lines
 from train.system_gain.evaluator import FILE as GAIN_FILE
@@ -138,8 +139,7 @@ def _quote_samples(output_dir: Path) -> str:
         for sample in of_kind[:: -(-len(of_kind) // _QUOTED) or 1]:
             (role, text), *others = ((turn["role"], str(turn["content"])) for turn in sample["messages"])
             lines += [f"- {role}: {quote_line(text)}", *(f"  - {of}: {quote_line(other)}" for of, other in others)]
-            verdict = {True: " (followed)", False: " (not followed)", None: ""}[sample["verdict"]]
-            lines += [f"  - answer{verdict}: {quote_line(sample['answer'])}"]
+            lines += [f"  - answer{describe_verdict(sample)}: {quote_line(sample['answer'])}"]
     return "\n".join(lines) + "\n"
 
 

@@ -44,10 +44,7 @@ from train.system_gain.variants import VariantRows
 
 
 class JanusTrainer(EvaluatingTrainer):
-    """SFTTrainer on sequences that are packed on the fly, in an order that balances the ranks.
-
-    The evaluation loss is the mean over TOKENS, independent of the batches; the system gain is measured beside it.
-    """
+    """SFTTrainer on sequences that are packed on the fly, in an order that balances the ranks."""
 
     data_collator: Any
     _signature_columns: list[str]  # transformers' own

@@ -144,7 +144,7 @@ class ValidationSamples:
         for kind in dict.fromkeys(row.kind for row in self._rows):
             of_kind = [sample for sample in samples if sample["kind"] == kind]
             for sample in of_kind[: self._section.shown]:
-                self._show(f"  {describe_verdict(sample)} {_one_line(sample)}")
+                self._show(f"  {kind}{describe_verdict(sample)} {_one_line(sample)}")
 
 
 def count_shares(samples: Sequence[Sample]) -> dict[str, tuple[int, int]]:
@@ -158,9 +158,8 @@ def count_shares(samples: Sequence[Sample]) -> dict[str, tuple[int, int]]:
 
 
 def describe_verdict(sample: Sample) -> str:
-    """Return kind and verdict of a sample: `rules (followed)`."""
-    verdicts = {True: " (followed)", False: " (not followed)", None: ""}
-    return sample["kind"] + verdicts[sample["verdict"]]
+    """Return ` (followed)`, ` (not followed)`, or nothing for a sample that is not judged."""
+    return {True: " (followed)", False: " (not followed)", None: ""}[sample["verdict"]]
 
 
 def _one_line(sample: Sample) -> str:

@@ -11,7 +11,16 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-from collection_runs import configuration, run_file, run_with, stage_of, write_rows, written
+from collection_runs import (
+    check_same_rows,
+    configuration,
+    run_file,
+    run_to_the_end,
+    run_with,
+    stage_of,
+    write_rows,
+    written,
+)
 from killed_processes import after_a_moment, kill_at_requests, killed_afterwards
 from pressured_answers import Log, question
 from scripted_author import SEED, asked_for, description, message, number_in, preference, set_in
@@ -169,13 +178,9 @@ def test_kills_under_pressure_give_the_same_bytes_and_repeat_no_journaled_reques
         moments = sorted(rng.sample(range(requests // 2, requests - 32), kills))
         for _ in kill_at_requests(moments, server, partial(start, run_file, path)):
             assert 0 < sum(map(is_under_pressure, server.asked)) < pressed
-        run_file(path)
-        again = len(server.asked)
-        run_file(path)
-        assert len(server.asked) == again
+        run_to_the_end(path, server)
         repeated = server.answered.total() - requests
-    for name in ("data/rows.jsonl", "pairs/rows.jsonl", "left_out.jsonl"):
-        assert (tmp_path / "out" / name).read_bytes() == (whole / "out" / name).read_bytes()
+    check_same_rows(tmp_path, whole)
     assert json.loads((tmp_path / "out" / "report.json").read_text("utf-8"))["pressure"]["settings"] == facts
     assert repeated <= kills * (16 + 4)  # as in the test of runs without pressure
 

@@ -20,7 +20,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from collection_runs import author_of, configuration, good_everything, lines, run_file, run_with, saying, write_rows
+from collection_runs import (
+    OUTPUTS,
+    author_of,
+    check_same_rows,
+    configuration,
+    good_everything,
+    lines,
+    run_file,
+    run_to_the_end,
+    run_with,
+    saying,
+    write_rows,
+)
 from killed_processes import after_a_moment, kill_at_requests, killed_afterwards
 from scripted_author import FOUR, description, expected, message, number_in, output, preference, row_of
 from scripted_server import Asked, Reply, error, served
@@ -190,17 +202,13 @@ def test_kills_give_the_same_bytes_and_repeat_no_journaled_request(tmp_path: Pat
     with served(after_a_moment(author.answer)) as server, killed_afterwards(processes) as start:
         path = configuration(tmp_path, server.url, source)
         for _ in kill_at_requests(moments, server, partial(start, run_file, path)):
-            for name in ("data/rows.jsonl", "pairs/rows.jsonl", "left_out.jsonl"):
+            for name in OUTPUTS:
                 written = tmp_path / "out" / name
                 whole_lines = written.read_bytes().rpartition(b"\n")[0] if written.exists() else b""
                 assert (whole / "out" / name).read_bytes().startswith(whole_lines)
-        run_file(path)
-        again = len(server.asked)
-        run_file(path)
-        assert len(server.asked) == again
+        run_to_the_end(path, server)
         repeated = server.answered.total() - requests
-    for name in ("data/rows.jsonl", "pairs/rows.jsonl", "left_out.jsonl"):
-        assert (tmp_path / "out" / name).read_bytes() == (whole / "out" / name).read_bytes()
+    check_same_rows(tmp_path, whole)
     facts, whole_facts = (
         json.loads((folder / "out" / "report.json").read_text("utf-8")) for folder in (tmp_path, whole)
     )

@@ -1,9 +1,8 @@
 """Token table: tokenized rows in an Arrow stream, mapped into memory.
 
 A row takes 4 bytes a token and about 8 for each trained span. A table with a loss weight other than 1 has those of all
-spans in a file beside it. Places are stored without the file's name, and digests
-instead of texts, so the content depends on the rows alone and not on their paths. `datasets.Dataset.from_file` opens
-the file too.
+spans in a file beside it. Places are stored without the file's name, and digests instead of texts, so the content
+depends on the rows alone and not on their paths. `datasets.Dataset.from_file` opens the file too.
 """
 
 import json

@@ -1,6 +1,8 @@
 """min_gain: the rows of the smallest gains are left out and counted, wherever the data has moved since."""
 
+import gzip
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -144,6 +146,7 @@ def test_the_model_after_training_and_the_largest_gain_of_equal_rows_count(
     rows = read(rows_file)
     lines = [record(rows[0], before=-1, after=1), record(rows[1], before=1, after=-1)]
     lines += [record(rows[2], tiny=1), record(rows[2], tiny=-1), record(rows[3], tiny=-1), record(rows[3], tiny=-2)]
+    lines.append(record(rows[4], tiny=math.nan))  # of a broken model; not 0 or less, so the row stays
     data = examined(sources=[{"path": str(rows_file), "min_gain": str(gains(*lines))}])
     assert numbers(data.train) == [number for number in range(1, 25) if number not in (2, 4)]
 
@@ -177,6 +180,15 @@ def test_a_file_without_digests_or_gains_is_one_error(
         f"data.sources.0.min_gain: {file}:2: no `conversation` with its `gain`: it is another file, or an older "
         f"version wrote it. Write it anew: `python scripts/evaluate.py gain --model MODEL --data {rows_file}`."
     )
+
+
+def test_a_compressed_file_is_one_error(
+    gains: Gains, rows_file: Path, recipe_file: Callable[..., Path], refused: Callable[..., str]
+) -> None:
+    file = gains()
+    file.write_bytes(gzip.compress(b"{}"))
+    recipe = recipe_file(data={"sources": [{"path": str(rows_file), "min_gain": str(file)}]})
+    assert f"data.sources.0.min_gain: {file}:1: no `conversation` with its `gain`" in refused("--recipe", recipe)
 
 
 def test_gains_of_other_rows_or_of_no_row_above_0_are_one_error(

@@ -17,7 +17,7 @@ def metrics_of(run: Path) -> list[dict]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
-def test_the_report_shows_the_loss_of_the_model_that_was_saved(
+def test_the_report_shows_loss_and_samples_of_the_model_that_was_saved(
     recipe_file: Callable[..., Path], tmp_path: Path
 ) -> None:
     """The first step is warm-up and changes nothing; the learning rate of the second makes the model worse."""
@@ -32,7 +32,8 @@ def test_the_report_shows_the_loss_of_the_model_that_was_saved(
         "save_steps": 1,
         "load_best_model_at_end": True,
     }
-    recipe = str(recipe_file(data={"validation": 0.25, "packing": False}, training=training))
+    evaluation = {"turns": {"conversations": 1, "turns": 1, "push_back_at": None}, "max_new_tokens": 2}
+    recipe = str(recipe_file(data={"validation": 0.25, "packing": False}, training=training, evaluation=evaluation))
     for _ in range(2):  # a second time there is nothing left to train, and the report is the same
         assert main(["--recipe", recipe]) == 0
         losses = {line["step"]: line["eval_loss"] for line in metrics_of(tmp_path / "run") if "eval_loss" in line}
@@ -41,6 +42,7 @@ def test_the_report_shows_the_loss_of_the_model_that_was_saved(
         report = (tmp_path / "run" / "report.md").read_text(encoding="utf-8")
         assert f"| validation loss of the saved model (step {best}) | {losses[best]:.4f} |" in report
         assert "at the end" not in report
+        assert f"## Samples of step {best}\n" in report
     assert sum("loaded_step" in line for line in metrics_of(tmp_path / "run")) == 1
 
 

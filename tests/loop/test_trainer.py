@@ -144,7 +144,9 @@ def test_evaluation_loss_is_the_mean_over_tokens(
                 training={"per_device_eval_batch_size": batch},
             )
         )
-        losses.append(make_trainer(recipe).evaluate()["eval_loss"])
+        trainer = make_trainer(recipe)
+        losses.append(trainer.evaluate()["eval_loss"])
+        assert not any(trainer._throughput.state()["counts"])  # an evaluation is no part of a step's time
     model = AutoModelForCausalLM.from_pretrained(recipe.model.name_or_path, dtype=torch.float32)
     loss, tokens = one_by_one(model, prepared(recipe)[1])
     assert losses == pytest.approx([loss.item() / tokens] * 3, rel=1e-6)

@@ -79,6 +79,11 @@ def test_files_that_exist_are_accepted(says: Callable[..., str]) -> None:
         ("training.fsdp_config=data/seen/list.json", ["data/seen/list.json must hold a JSON object"]),
         ("training.fsdp_config=fsdp.json", ["training.fsdp_config: there is no file fsdp.json in {}"]),
         ("chat.template=mine.jinja", ["chat.template: there is no file mine.jinja in {}"]),
+        ("data.sources.0.min_gain=data/seen", ["data.sources.0.min_gain: data/seen is a folder. Name a file in it."]),
+        ("data.sources.0.min_gain=.", ["data.sources.0.min_gain: . is a folder"]),
+        ("evaluation.prompts.path=/", ["evaluation.prompts.path: / is a folder"]),
+        ('data.sources.0.min_gain=""', ["data.sources.0.min_gain: found an empty text"]),
+        ("data.sources.0.min_gain=0", ["found 0. Allowed: text such as 'outputs/base/gain_rows.jsonl'; or null."]),
     ],
 )
 def test_a_missing_file_is_named_with_the_folder_that_was_searched(

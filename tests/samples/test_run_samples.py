@@ -193,6 +193,10 @@ def test_the_file_has_the_lines_of_the_resumed_run(recipe_file: Callable[..., Pa
     later = ["--resume", "never", "training.eval_on_start=false", "training.eval_steps=2", "seed=3"]
     assert main(["--recipe", str(recipe), *later]) == 0
     assert {sample["step"] for sample in read_lines(path)} == {2, 3}
+    assert main(["--recipe", str(recipe), "--resume", "never", "evaluation=null", "system_gain.rows=0"]) == 0
+    assert not path.exists()
+    assert not (tmp_path / "run" / "system_gain.jsonl").exists()
+    assert "Samples of step" not in (tmp_path / "run" / "report.md").read_text(encoding="utf-8")
 
 
 def test_the_best_checkpoint_follows_the_most_rules(recipe_file: Callable[..., Path], tmp_path: Path) -> None:
@@ -227,11 +231,27 @@ PATH = {"path": str(HELD_OUT)}
             "evaluation.rules.path: there is no file nowhere.jsonl",
         ),
         ({"rules": {}}, {}, "evaluation.rules.path: missing"),
+        (
+            {},
+            {},
+            "evaluation: names nothing to generate. Add rules, hierarchy, turns, ifeval or prompts, or write null",
+        ),
+        ({"max_new_tokens": 8}, {}, "evaluation: names nothing to generate."),
         ({"rules": PATH | {"rows": 0}}, {}, "evaluation.rules.rows: found 0"),
         ({"ifeval": PATH}, {}, "evaluation.ifeval: "),
         ({"rows": 3}, {}, "evaluation.rows: unknown key"),
         ({"hierarchy": {"settings": ["conflicts"]}}, {}, "Did you mean `conflict`?"),
         ({"turns": {"turns": 1000}}, {}, "evaluation.turns.turns: 1000 turns need as many questions"),
+        (
+            {"turns": {"turns": 2, "push_back_at": 3}},
+            {},
+            "evaluation.turns.push_back_at: turn 3 is after the last of 2 turns. Write a number up to 2, or null.",
+        ),
+        (
+            {"turns": {"turns": 1}},
+            {},
+            "evaluation.turns.push_back_at: turn 2 is after the last of 1 turn. Write a number up to 1, or null.",
+        ),
         (
             {"rules": PATH},
             {"metric_for_best_model": "eval_turns_held", "eval_strategy": "epoch"},
@@ -278,6 +298,26 @@ def test_errors_of_rows_name_file_and_line(
         assert f"evaluation.{kind}.path: {path}:1: " in text
 
 
+@pytest.mark.parametrize(
+    ("line", "error"),
+    [
+        (r'{"messages": [{"role": "user", "content": "cut \ud83d"}]}', r"half of a surrogate pair, such as \ud83d"),
+        ("[" * 100_000, "can't be read as JSON: maximum recursion depth exceeded"),
+        ('{"messages": [{"role": "user", "content": "a"}], "n": %s}' % ("9" * 5_000), "can't be read as JSON: Exceeds"),
+    ],
+    ids=["surrogate", "brackets", "digits"],
+)
+def test_a_row_that_no_tokenizer_or_parser_takes_is_named(
+    line: str, error: str, recipe_file: Callable[..., Path], refused: Callable[..., str], tmp_path: Path
+) -> None:
+    path = tmp_path / "prompts.jsonl"
+    path.write_text(f'{{"messages": [{{"role": "user", "content": "a"}}]}}\n{line}\n', encoding="utf-8")
+    recipe = recipe_file(data={"validation": 0.25}, evaluation={"prompts": {"path": str(path)}})
+    text = refused("--recipe", recipe, "--check")
+    assert f"evaluation.prompts.path: {path}:2: " in text
+    assert error in text
+
+
 def test_a_prompt_that_the_template_refuses_is_an_error(
     recipe_file: Callable[..., Path], refused: Callable[..., str], tmp_path: Path
 ) -> None:
@@ -298,24 +338,37 @@ def test_a_prompt_that_the_template_refuses_is_an_error(
     assert "evaluation.prompts: prompts.jsonl:1: the chat template refuses it: system first" in text
 
 
-def test_a_prompt_too_long_for_the_model_counts_as_not_followed(
-    recipe_file: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_the_context_of_the_model_ends_an_answer(
+    recipe_file: Callable[..., Path], tiny_chat_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """As in evaluate.py: what is left of the context is used, and a prompt that fills it is not followed."""
+    from transformers import AutoTokenizer
+
+    def turns(words: int) -> list[dict[str, str]]:
+        texts = [("system", "Only lower case."), ("user", "river " * words), ("assistant", "stone")]
+        return [{"role": role, "content": text} for role, text in texts]
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_chat_model)
+    lengths = [
+        len(tokenizer.apply_chat_template(turns(words)[:2], add_generation_prompt=True, return_dict=False))
+        for words in (1_000, 1_001)
+    ]
+    almost = 1_000 + (2_046 - lengths[0]) // (lengths[1] - lengths[0])  # two or three tokens are left
     rules = tmp_path / "rules.jsonl"
     with rules.open("w", encoding="utf-8") as lines:
-        for words in (1, 2_100):
-            turns = [("system", "Only lower case."), ("user", "river " * words), ("assistant", "stone")]
-            messages = [{"role": role, "content": text} for role, text in turns]
-            lines.write(json.dumps({"messages": messages, "rule": "lower_case", "held_out": "wording"}) + "\n")
+        for words in (1, almost, 2_100):
+            lines.write(json.dumps({"messages": turns(words), "rule": "lower_case", "held_out": "wording"}) + "\n")
     training = TRAINING | {"max_steps": 1, "eval_on_start": False, "save_strategy": "no"}
-    evaluation = {"rules": {"path": str(rules)}, "max_new_tokens": 4}
+    evaluation = {"rules": {"path": str(rules)}, "max_new_tokens": 12}
     assert (
         main(["--recipe", str(recipe_file(data={"validation": 0.25}, training=training, evaluation=evaluation))]) == 0
     )
-    short, long = read_lines(tmp_path / "run" / "samples.jsonl")
-    assert isinstance(short["answer"], str)
-    assert (long["answer"], long["verdict"]) == (None, False)
-    assert "warning: 1 sample got no answer: prompt and evaluation.max_new_tokens (4) exceed" in capsys.readouterr().out
+    samples = read_lines(tmp_path / "run" / "samples.jsonl")
+    expected = answers_of(tmp_path / "run", [turns(1)[:2], turns(almost)[:2]], tmp_path / "answers.sqlite")
+    assert [sample["answer"] for sample in samples] == [*expected, None]
+    assert expected[1]
+    assert samples[2]["verdict"] is False
+    assert "warning: 1 sample got no answer: the prompt fills the model's context" in capsys.readouterr().out
     assert "## Samples of step 1" in (tmp_path / "run" / "report.md").read_text(encoding="utf-8")
 
 

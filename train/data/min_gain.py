@@ -49,7 +49,7 @@ def apply_min_gain(
     gains = read_row_gains(key, source.min_gain, source)
     rows = first_rows[conversations]
     of_rows = [gains.get(digest) for digest in table.digests[rows].tolist()]
-    kept = np.array([gain is None or gain > 0 for gain in of_rows], bool)
+    kept = np.array([gain is None or not gain <= 0 for gain in of_rows], bool)  # NaN is not 0 or less
     unmeasured = of_rows.count(None)
     if unmeasured == len(rows):
         raise UserError(
@@ -75,7 +75,7 @@ def read_row_gains(key: str, file: str, source: TrainingSource) -> dict[bytes, f
     """
     gains: dict[bytes, float] = {}
     try:
-        with Path(file).open(encoding="utf-8") as lines:
+        with Path(file).open(encoding="utf-8", errors="replace") as lines:  # of another file each line is an error
             for number, line in enumerate(lines, 1):
                 try:
                     record = json.loads(line)

@@ -13,8 +13,10 @@ from train.formatting import duration
 from train.progress import ProgressBar, progress_bar
 from train.ranks import is_first_rank
 from train.recipe.measurements import SAMPLE_METRICS
+from train.samples.evaluator import FILE as SAMPLES_FILE
 from train.storage.atomic_write import atomic_write, write_text
 from train.storage.jsonl import read_json_lines
+from train.system_gain.evaluator import FILE as GAIN_FILE
 
 _SHOWN = ("eval_loss", "eval_system_gain", *(f"eval_{metric}" for metric in SAMPLE_METRICS.values()))
 """Metrics of an evaluation that are printed."""
@@ -35,7 +37,7 @@ class StepLog(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Start the clock; after a resume, keep only the lines of the steps before the checkpoint."""
+        """Start the clock; after a resume, keep only the lines of the steps before the checkpoint, else none."""
         self._started = time.monotonic()
         self._first_step = state.global_step
         if not is_first_rank():
@@ -48,6 +50,9 @@ class StepLog(TrainerCallback):
                 if metrics["step"] <= state.global_step and "loaded_step" not in metrics
             ]
             kept = _restore_lost_lines(kept, state.log_history)
+        else:
+            for file in (SAMPLES_FILE, GAIN_FILE):  # of another run in this folder: this one may write none
+                self.path.with_name(file).unlink(missing_ok=True)
         with atomic_write(self.path) as [unfinished]:  # a full disk must not lose the existing lines
             write_text(unfinished, "".join(json.dumps(metrics) + "\n" for metrics in kept))
         self._job = self._open.enter_context(

@@ -111,7 +111,7 @@ def _write_report(output_dir: Path, screen: str, seconds: float, rows_by_source:
     write_text(
         output_dir / "report.md",
         f"# {output_dir.name}\n\n```\n{screen}\n```\n\n| | |\n|---|---|\n{table}{plots}{tables}\n"
-        f"{_quote_samples(output_dir)}",
+        f"{_quote_samples(output_dir, evaluated)}",
     )
 
 
@@ -138,14 +138,13 @@ def _share_rows(shares: Mapping[int, Mapping[str, Any]], steps: Sequence[int]) -
             yield f"samples: {name.replace('_', ' ')}{_after(steps)}", " -> ".join(values)
 
 
-def _quote_samples(output_dir: Path) -> str:
-    """Return a section with some samples of the last evaluation; empty without samples."""
+def _quote_samples(output_dir: Path, step: int | None) -> str:
+    """Return a section with some samples of a step; empty if it has none."""
     path = output_dir / SAMPLES_FILE
     samples = read_json_lines(path) if path.is_file() else []
-    if not samples:
-        return ""
-    step = max(sample["step"] for sample in samples)
     last = [sample for sample in samples if sample["step"] == step]
+    if not last:
+        return ""
     lines = [f"\n## Samples of step {step}", "", f"{SAMPLES_FILE} has all {len(last):,} of this step."]
     for kind in dict.fromkeys(sample["kind"] for sample in last):
         of_kind = [sample for sample in last if sample["kind"] == kind and sample["answer"] is not None]

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -246,7 +247,7 @@ class JanusTrainer(EvaluatingTrainer):
             if self.model.training:
                 self._count(batch, None)
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        with self._throughput.timed("forward"):
+        with self._throughput.timed("forward") if self.model.training else nullcontext():  # no part of a step else
             outputs = score_labels(model, self._unwrap(), inputs)
             processes = self.accelerator.num_processes
             loss, token_losses = fused_loss(outputs, self.args, num_items_in_batch, processes, weights)

@@ -27,7 +27,7 @@ def select_rows(
             by_group[row.group][row.pressure.setting, row.pressure.tactic] = row
     rounds = _rounds(by_group)
     selected = []
-    for setting in settings:
+    for setting in dict.fromkeys(settings):
         names = tactics(setting)
         of_setting = [
             by_group[group][setting, names[(position + number + turn) % len(names)]]

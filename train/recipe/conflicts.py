@@ -5,13 +5,18 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from pydantic import ValidationError
+
+from train.formatting import format_count
 from train.recipe.lr_schedules import FOLLOWS_EVALUATION
-from train.recipe.measurements import GAIN_METRICS, SAMPLE_METRICS, is_gain_metric, measured_by
+from train.recipe.measurements import GAIN_METRICS, SAMPLE_METRICS, TurnsSamples, is_gain_metric, measured_by
 from train.recipe.sft_config import CONFIG_FILES, TOKEN_LOSSES, with_defaults
 from train.recipe.yaml_document import Document, closest_match, describe_value, did_you_mean, suggest_files
 
 _METRICS = ("loss", "entropy", "mean_token_accuracy", *GAIN_METRICS, *SAMPLE_METRICS.values())
 """Metrics of an evaluation, TRL's and then our own; times and counts left out."""
+_GENERATED = (*SAMPLE_METRICS, "prompts")
+"""Keys of `evaluation` that name what is generated."""
 _TEMPLATES = Path(__file__).parents[1] / "data" / "templates"
 
 
@@ -163,11 +168,26 @@ def _check_evaluation(document: Document) -> None:
     if samples and document.section("data").get("validation") is None:
         remedy = "Add `data.validation` (a share such as 0.01, or sources), or remove this section"
         document.add_error(("evaluation",), f"the model is evaluated on validation rows, and has none. {remedy}.")
+    elif document.tree.get("evaluation") == samples and all(samples.get(kind) is None for kind in _GENERATED):
+        remedy = f"Add {', '.join(_GENERATED[:-1])} or {_GENERATED[-1]}, or write null"
+        document.add_error(("evaluation",), f"names nothing to generate. {remedy}.")
+    _check_turns(document, samples.get("turns"))
     metric = training.get("metric_for_best_model")
     kind = measured_by(metric)
     if kind and samples.get(kind) is None:
         message = f"{metric} is measured by `evaluation.{kind}`, which is missing. Add it, or write eval_loss."
         document.add_error(("training", "metric_for_best_model"), message)
+
+
+def _check_turns(document: Document, values: Any) -> None:
+    try:
+        settings = TurnsSamples.model_validate(values)
+    except ValidationError:
+        return  # reported with the values of a wrong type, or no section
+    if settings.push_back_at and settings.push_back_at > settings.turns:
+        last = f"turn {settings.push_back_at} is after the last of {format_count(settings.turns, 'turn')}"
+        message = f"{last}. Write a number up to {settings.turns}, or null."
+        document.add_error(("evaluation", "turns", "push_back_at"), message)
 
 
 def _check_float8(document: Document) -> None:
@@ -225,7 +245,7 @@ def check_files(document: Document) -> None:
         sources = document.section("data").get(section)
         for number, source in enumerate(sources if isinstance(sources, list) else ()):
             gains = source.get("min_gain") if isinstance(source, dict) else None
-            if isinstance(gains, str) and not Path(gains).is_file():
+            if isinstance(gains, str) and gains and not Path(gains).is_file():
                 document.add_error(("data", section, number, "min_gain"), _no_file(gains))
     for kind in "rules", "ifeval", "prompts":
         settings = document.section("evaluation").get(kind)
@@ -243,6 +263,8 @@ def check_files(document: Document) -> None:
 
 
 def _no_file(file: str, advice: str = "") -> str:
+    if Path(file).is_dir():
+        return f"{file} is a folder. Name a file in it."
     folder = "" if Path(file).is_absolute() else f" in {Path.cwd()}"
     return f"there is no file {file}{folder}.{advice}{suggest_files(file)}"
 

@@ -147,7 +147,7 @@ class TrainingSource(Source):
     loss_weight: float = Field(default=1.0, ge=0.000_001, le=1_000_000)
     """Factor of the losses of the source's trained tokens, times the `loss_weight` of a row and of a message where they
     have one. The loss is the weighted mean over the tokens of a step; rows are seen as often as before."""
-    min_gain: PathText | None = None
+    min_gain: Annotated[PathText, Field(examples=["outputs/base/gain_rows.jsonl"])] | None = None
     """File gain_rows.jsonl that `scripts/evaluate.py gain` wrote of these rows: those with a gain of 0 or less, whose
     answer is no likelier under its own system message than under others, are left out. Rows that the file does not
     have stay. null = all rows stay."""

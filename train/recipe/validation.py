@@ -121,7 +121,7 @@ def _add_errors(document: Document, error: ValidationError, prefix: KeyPath, roo
         else:
             value = value_at(document.tree, path)
             annotation, bounds, _ = _field_at(path, root)
-            suggestion = did_you_mean(_suggest_value(value, annotation))
+            suggestion = did_you_mean(_suggest_value(value, annotation, bounds))
             allowed = _describe_type(annotation, bounds)
             document.add_error(path, f"found {describe_value(value)}. Allowed: {allowed}.{suggestion}")
 
@@ -290,14 +290,16 @@ def _limits(metadata: Sequence[Any]) -> Iterator[str]:
                 yield f"{symbol} {getattr(bound, name)}"
 
 
-def _suggest_value(value: Any, annotation: Any) -> str | None:
-    """Return what the user probably meant by a value of the wrong type."""
-    kinds = [kind for kind, _ in _parts(annotation)]
+def _suggest_value(value: Any, annotation: Any, bounds: Sequence[Any]) -> str | None:
+    """Return what the user probably meant by a value of the wrong type; no path for a number."""
+    parts = list(_parts(annotation, tuple(bounds)))
+    kinds = [kind for kind, _ in parts]
     choices = [str(choice) for kind in kinds if get_origin(kind) is Literal for choice in get_args(kind)]
     if value is False and "no" in choices:
         return "no"
     if isinstance(value, int | float) and str in kinds and not isinstance(value, bool):
-        return f'"{value}"'
+        is_path = any(isinstance(mark, LocalPath) for _, metadata in parts for mark in metadata)
+        return None if is_path else f'"{value}"'
     if not isinstance(value, str):
         return None
     if bool in kinds and value.lower() in ("yes", "on", "no", "off", "true", "false"):

@@ -24,7 +24,7 @@ FILE = "samples.jsonl"
 Sample = Mapping[str, Any]
 """A line of FILE: step, kind, row, turn (from 1), messages, answer and verdict (null = not judged).
 
-The answer is null where the prompt was too long for the model.
+The answer is null where the prompt filled the model's context.
 """
 
 
@@ -138,8 +138,7 @@ class ValidationSamples:
         too_long = sum(sample["answer"] is None for sample in samples)
         if too_long:
             self._show(
-                f"warning: {format_count(too_long, 'sample')} got no answer: prompt and evaluation.max_new_tokens "
-                f"({self._section.max_new_tokens:,}) exceed the model's context"
+                f"warning: {format_count(too_long, 'sample')} got no answer: the prompt fills the model's context"
             )
         for kind in dict.fromkeys(row.kind for row in self._rows):
             of_kind = [sample for sample in samples if sample["kind"] == kind]

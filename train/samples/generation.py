@@ -1,5 +1,6 @@
 """Generation with a model in training: greedy answers to conversations, by all processes together."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -35,7 +36,7 @@ def generate_answers(
     batch_size: int,
     on_progress: Callable[[int], None],
 ) -> list[GeneratedAnswer | None]:
-    """Return the greedy answer to each conversation; None if prompt and answer may exceed the model's context.
+    """Return the greedy answer to each conversation; None if the prompt fills the model's context.
 
     - `model`: as a trainer wraps it. Its modes and weights, the tokenizer and the random state don't change;
     - `accelerator`: all its processes must call this with the same conversations, and each gets all answers. The
@@ -49,12 +50,15 @@ def generate_answers(
     prompts = [render_prompt(tokenizer, messages) for messages in conversations]
     lengths = [len(ids) for ids in tokenizer(prompts, add_special_tokens=False).input_ids]
     bare = accelerator.unwrap_model(model, keep_torch_compile=False)
-    positions = getattr(bare.config.get_text_config(), "max_position_embeddings", None)
-    fitting = [row for row, length in enumerate(lengths) if not positions or length + max_new_tokens <= positions]
+    positions = getattr(bare.config.get_text_config(), "max_position_embeddings", None) or math.inf
+    fitting = [row for row, length in enumerate(lengths) if length < positions]
     fitting.sort(key=lambda row: (-lengths[row], row))  # an out-of-memory error occurs at the start
+    # Prompts that may reach the context length are batches of one: it cuts their answer, and no others.
+    singles = [row for row in fitting if lengths[row] + max_new_tokens > positions]
+    rest = fitting[len(singles) :]
     processes, process = accelerator.num_processes, accelerator.process_index
-    size = min(batch_size, -(-len(fitting) // processes)) or 1
-    batches = [fitting[start : start + size] for start in range(0, len(fitting), size)]
+    size = min(batch_size, -(-len(rest) // processes)) or 1
+    batches = [[row] for row in singles] + [rest[start : start + size] for start in range(0, len(rest), size)]
     partitioned = has_partitioned_weights(accelerator)
     answers: dict[int, GeneratedAnswer] = {}
     # Inside one block of autocast each weight is cast once, in place of once for each token. The copies are as large as
@@ -64,20 +68,21 @@ def generate_answers(
             # If the last round has no batch for this process, it joins in with the first one and discards the result.
             is_mine = start + process < len(batches)
             batch = batches[start + process if is_mine else start]
+            longest = max(lengths[row] for row in batch)
             if is_mine or partitioned:
                 try:
                     generated = generate_batch(
                         bare,
                         tokenizer,
                         [prompts[row] for row in batch],
-                        max_new_tokens=max_new_tokens,
+                        max_new_tokens=int(min(max_new_tokens, positions - longest)),
                         device=accelerator.device,
                         synced=partitioned,
                     )
                 except torch.OutOfMemoryError as error:
                     raise UserError(
-                        f"evaluation.batch_size: {len(batch)} prompts of up to {max(lengths[row] for row in batch):,} "
-                        f"tokens with answers of {max_new_tokens:,} do not fit in the GPU's memory. Write a smaller "
+                        f"evaluation.batch_size: {len(batch)} prompts of up to {longest:,} tokens "
+                        f"with answers of {max_new_tokens:,} do not fit in the GPU's memory. Write a smaller "
                         "number."
                     ) from error
             if is_mine:

@@ -1,6 +1,7 @@
 """Rows of a JSONL file, each checked by a pydantic model."""
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -10,6 +11,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from train.errors import UserError
 
 Row = TypeVar("Row", bound=BaseModel)
+_HALF_PAIR = re.compile("[\ud800-\udfff]")
+"""Tokenizers and files take none; JSON of a text that was cut within an emoji has one."""
 
 
 class ChatMessage(BaseModel):
@@ -42,6 +45,10 @@ def read_jsonl_rows(path: Path, model: type[Row], contents: str, prefix: str = "
             raw = json.loads(line)
         except json.JSONDecodeError as error:
             raise UserError(f"{place}: not valid JSON: {error.msg} at column {error.colno}. {contents}") from error
+        except (ValueError, RecursionError) as error:  # a number of thousands of digits, thousands of brackets
+            raise UserError(f"{place}: can't be read as JSON: {error}. {contents}") from error
+        if _HALF_PAIR.search(json.dumps(raw, ensure_ascii=False)):
+            raise UserError(f"{place}: holds half of a surrogate pair, such as \\ud83d, which is no text. {contents}")
         count += 1
         yield place, raw, check_row(place, raw, model, contents)
     if not count:

@@ -233,6 +233,7 @@ def test_a_prefix_is_balanced_and_paired() -> None:
         if count <= 104:
             seen = sum(row.split == "seen" for row in by_setting["conflict"] if not row.rule.held_out)
             assert seen == pytest.approx(count * 18 / 26 / 2, abs=4)
+    assert select_rows(ROWS, ["conflict", "conflict"]) == select_rows(ROWS, ["conflict"])
     held_out = select_rows(ROWS, ["conflict"], "held_out")
     assert {row.split for row in held_out} == {"held_out"}
     assert len(held_out) == 5 * (18 * 2 + 8 * 4)

@@ -1,5 +1,6 @@
 """Recipe: the YAML file that describes a training run, its schema and its validation."""
 
+from train.recipe.preference import PreferenceSection
 from train.recipe.schema import (
     TIME,
     AdapterSection,
@@ -34,6 +35,7 @@ __all__ = [
     "GuardsSection",
     "ModelSection",
     "PathText",
+    "PreferenceSection",
     "QuantizationSection",
     "Recipe",
     "SaveSection",

@@ -15,6 +15,7 @@ import yaml
 from pydantic import Discriminator, Field, PrivateAttr, Tag, model_serializer
 
 from train.recipe.measurements import EvaluationSection, SystemGainSection
+from train.recipe.preference import PreferenceSection
 from train.recipe.section import PathText, Section, Text
 from train.recipe.sft_config import training_fields
 from train.recipe.validation import validate_recipe
@@ -130,9 +131,18 @@ class Source(Section):
     weight: float = Field(default=1.0, gt=0)
     """Repetitions of the rows per epoch: 1.0 = once, 0.5 = a random half of the rows (by `seed`), 2.0 = twice."""
     format: Literal[
-        "auto", "messages", "sharegpt", "alpaca", "janus", "prompt_completion", "question_answer", "exchanges"
+        "auto",
+        "messages",
+        "sharegpt",
+        "alpaca",
+        "janus",
+        "prompt_completion",
+        "question_answer",
+        "exchanges",
+        "preference",
     ] = "auto"
-    """Format of the rows; auto = detected from the columns."""
+    """Format of the rows; auto = detected from the columns. preference = pairs (`chosen`, `rejected`), with the section
+    `preference` alone."""
     ignore: Annotated[tuple[Text, ...], Field(strict=False)] = ()
     """Columns (`rationale`) and keys of messages (`messages[].note`) to ignore. Without it, content that nothing reads
     is an error."""
@@ -324,6 +334,8 @@ class Recipe(Section):
     """LoRA; null = full fine-tuning."""
     quantization: QuantizationSection | None = None
     """4-bit quantization of the frozen weights under an adapter (QLoRA); null = none."""
+    preference: PreferenceSection | None = None
+    """Preference training on pairs, with train/preference.py; null = supervised fine-tuning, with train/sft.py."""
     training: dict[str, Any] = Field(default_factory=dict)
     """Any field of TRL's SFTConfig under its own name, except those that other sections own."""
     tracking: TrackingSection = TrackingSection()
@@ -344,6 +356,12 @@ class Recipe(Section):
     """Seed of the row order, of sampling and of new weights."""
 
     _origin: _Origin = PrivateAttr(default_factory=_Origin)
+
+    @model_serializer(mode="wrap")
+    def _leave_out_preference(self, serialize: Callable[["Recipe"], dict[str, Any]]) -> dict[str, Any]:
+        """Return the sections; `preference` only if it is set: records of runs from before it was there stay equal."""
+        sections = serialize(self)
+        return {name: value for name, value in sections.items() if name != "preference" or value is not None}
 
     def to_yaml(self) -> str:
         """Return the resolved recipe as YAML, which loads as an equal recipe.

@@ -196,7 +196,7 @@ class JanusTrainer(EvaluatingTrainer):
         """Let what the data set says of its sequences through to the collator."""
         super()._set_signature_columns_if_needed()
         if "sequence" not in self._signature_columns:
-            self._signature_columns = [*self._signature_columns, "sequence", LOSS_WEIGHTS, PAIRS]
+            self._signature_columns = [*self._signature_columns, "sequence", LOSS_WEIGHTS]
 
     def get_batch_samples(self, epoch_iterator: Iterator[Any], *args: Any, **kwargs: Any) -> tuple[list[Any], Any]:
         """Return the batches of one step, whose time begins here; none for a run that is over or has to stop.

@@ -363,6 +363,11 @@ class Recipe(Section):
         sections = serialize(self)
         return {name: value for name, value in sections.items() if name != "preference" or value is not None}
 
+    @property
+    def command(self) -> str:
+        """Return the command that trains this recipe."""
+        return "train/sft.py" if self.preference is None else "train/preference.py"
+
     def to_yaml(self) -> str:
         """Return the resolved recipe as YAML, which loads as an equal recipe.
 

@@ -6,8 +6,8 @@ DPO                 sigmoid: -log sigmoid(beta (x - y)), arXiv:2305.18290
 ORPO                NLL of the chosen answer - beta log sigmoid(log odds(chosen) - log odds(rejected)), arXiv:2403.07691
 
 The names are those of TRL's DPOConfig.loss_type and ORPOConfig. The loss of an optimizer step is a mean over its pairs;
-the negative log-likelihood of ORPO and of `sft` is a mean over the trained tokens of its chosen answers, as TRL's is over
-those of a batch. TRL's ORPO adds the tokens of the prompt to that mean, which are not trained here.
+the negative log-likelihood of ORPO and of `sft` is one over the trained tokens of its chosen answers, as TRL's is over
+those of a batch. TRL's ORPO adds the tokens of the prompt, which are not trained here.
 """
 
 from typing import NamedTuple

@@ -1,6 +1,6 @@
 """Reference log-probabilities: those of the model before training, computed once for all pairs and kept on disk.
 
-table       float32 [pairs, 2]: training pairs, then validation pairs; of the chosen and the rejected answer; NaN = missing
+table       float32 [pairs, 2] of chosen and rejected answers: training pairs, then validation pairs; NaN = missing
 key         contents of the base model, the pairs' tokens, and the way of computing
 begin       cache folder -> the model that will be trained computes what is missing -> cache folder, output_dir
 resume      output_dir, or the cache folder: a model in training is no reference any more

@@ -2,6 +2,7 @@
 
 from contextlib import nullcontext, suppress
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -66,6 +67,12 @@ class PreferenceTrainer(JanusTrainer):
         assert recipe.preference is not None
         self._section = recipe.preference
         self._splits = [split.dataset for split in (data.train, data.validation) if split]
+
+    def _set_signature_columns_if_needed(self) -> None:
+        """Let the numbers of the pairs through to the collator, too."""
+        super()._set_signature_columns_if_needed()
+        if PAIRS not in self._signature_columns:
+            self._signature_columns = [*self._signature_columns, PAIRS]
 
     def _get_num_items_in_batch(self, batches: list[dict[str, Any]], device: torch.device) -> Any:
         """Return the divisors of the losses of these batches: pairs, and trained tokens of chosen answers."""
@@ -177,8 +184,9 @@ class PreferenceTrainer(JanusTrainer):
             return torch.stack([scores.chosen, scores.rejected], dim=1)
 
         def write(table: Any) -> None:
-            if is_first_rank():
-                files.write(files.cached, table)
+            write_file = partial(files.write, files.cached, table)
+            if error := self._writer.first_error_on_any_rank(write_file if is_first_rank() else lambda: None):
+                raise UserError(error)
 
         without_adapter = model.disable_adapter() if isinstance(model, PeftModel) else nullcontext()
         try:

@@ -115,17 +115,15 @@ def detect(columns: Iterable[str]) -> str:
         return "question_answer"
     if "conversation" in names:
         return "exchanges"
-    if {"chosen", "rejected"} <= names.keys():
-        raise UserError(
-            "the rows are pairs of a chosen and a rejected answer (`chosen`, `rejected`). Train on them with the "
-            "section `preference`, such as {loss: dpo}, and train/preference.py."
-        )
     shown = ", ".join(f"`{column}`" for column in names) or "none"
+    remedy = "Rename the columns."
+    if {"chosen", "rejected"} <= names.keys():
+        remedy = "Pairs of a chosen and a rejected answer need the section `preference`, such as {loss: dpo}."
     raise UserError(
         f"no known format has these columns: {shown}. The formats are: messages (`messages`), sharegpt "
         "(`conversations`), prompt_completion (`prompt`, `completion`), janus (`system`, `prompt`, `output`), alpaca "
         "(`instruction`, `input`, `output`), question_answer (`question`, `answer`), exchanges (`conversation`). "
-        "Rename the columns."
+        f"{remedy}"
     )
 
 

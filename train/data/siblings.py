@@ -1,0 +1,105 @@
+"""Pairs of siblings: rows of one source with the same instruction under different system messages.
+
+Each row's answer is chosen under its own message, and the answer that a sibling has under another message is rejected.
+Rows are compared by their tokens: siblings have the same instruction (and the same tokens just before the answer, as a
+template may write them there by the kind of answer), another prompt and another answer.
+
+    row 1   m1 q | a1        pair (1, 2)   chosen m1 q | a1    rejected m1 q | a2
+    row 2   m2 q | a2        pair (2, 1)   chosen m2 q | a2    rejected m2 q | a1
+"""
+
+import hashlib
+from collections import defaultdict
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+
+from train.data.sources.source import BadRows
+from train.data.tokens.table import TokenTable
+from train.errors import UserError
+from train.formatting import format_count
+from train.recipe import PreferenceSection, Source
+
+ALONE = "no other row has its instruction under another system message"
+SAME_ANSWER = "its siblings have the same answer"
+_TAIL = 4
+"""Tokens before the answer that siblings share, such as Qwen3's empty block of thoughts."""
+
+
+def pair_rows(
+    key: str,
+    source: Source,
+    conversations: NDArray[np.int64],
+    table: TokenTable,
+    settings: PreferenceSection,
+    seed: int,
+) -> tuple[NDArray[np.int64], "UnpairedRows | None"]:
+    """Return the pairs of the conversations of one source: int64 [pairs, 2], rows of the chosen and rejected answers.
+
+    A conversation of two rows is a pair itself; the others are paired with siblings, and rows without one are counted.
+    Raises UserError, naming `key`, if there is no pair.
+    """
+    first = np.searchsorted(table.conversations, conversations)
+    if (np.searchsorted(table.conversations, conversations, side="right") - first == 2).all():
+        return np.stack([first, first + 1], axis=1), None
+    pairs, unpaired = pair_siblings(key, first, table, settings.pairs, seed)
+    if not len(pairs):
+        raise UserError(
+            f"{key}: {source.path} has no pair: no `chosen` and `rejected`, and of its {len(first):,} rows no two have "
+            "the same instruction under different system messages and different answers."
+        )
+    return pairs, unpaired
+
+
+@dataclass(frozen=True, slots=True)
+class UnpairedRows:
+    """Rows of one source that make no pair as the chosen one.
+
+    `key`: the source's key in the recipe. `rows`: rows of the source. `left_out`: reason -> these rows.
+    """
+
+    key: str
+    rows: int
+    left_out: dict[str, BadRows] = field(default_factory=dict)
+
+
+def pair_siblings(
+    key: str, rows: NDArray[np.int64], table: TokenTable, which: Literal["one", "all"], seed: int
+) -> tuple[NDArray[np.int64], UnpairedRows]:
+    """Return the pairs of rows of one source: int64 [pairs, 2], chosen and rejected; and the rows without one.
+
+    `which`: with one sibling, drawn by the seed and the rows alone, or with all.
+    """
+    groups: dict[bytes, list[int]] = defaultdict(list)
+    halves: list[tuple[bytes, bytes]] = []  # digests of prompt and answer
+    for number, (row, question) in enumerate(zip(rows.tolist(), table.questions[rows].tolist(), strict=True)):
+        ids, start = table.ids(row), int(table.first_trained[row])
+        groups[question + ids[max(start - _TAIL, 0) : start].tobytes()].append(number)
+        halves.append((_digest(ids[:start]), _digest(ids[start:])))
+    unpaired = UnpairedRows(key, len(rows))
+    pairs: list[tuple[int, int]] = []
+    for members in groups.values():
+        for own in members:
+            prompt, answer = halves[own]
+            others = [other for other in members if halves[other][0] != prompt]
+            siblings = [other for other in others if halves[other][1] != answer]
+            if not siblings:
+                reason = SAME_ANSWER if others else ALONE
+                detail = f"{format_count(len(members), 'row')} with its instruction"
+                unpaired.left_out.setdefault(reason, BadRows()).add(table.place(rows[own]), detail)
+            elif which == "one":
+                siblings = [siblings[_draw(seed, prompt + answer) % len(siblings)]]
+            pairs += [(own, sibling) for sibling in siblings]
+    numbers = np.array(sorted(pairs), np.int64).reshape(-1, 2)
+    return rows[numbers], unpaired
+
+
+def _digest(ids: NDArray[np.int32]) -> bytes:
+    return xxhash.xxh3_128_digest(np.ascontiguousarray(ids).data)
+
+
+def _draw(seed: int, row: bytes) -> int:
+    return int.from_bytes(hashlib.blake2b(str(seed).encode() + row, digest_size=8).digest())

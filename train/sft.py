@@ -37,7 +37,6 @@ from train.recipe import load_recipe
 from train.storage.local_paths import parse_path_or_id
 from train.warning_filters import filter_known_warnings
 
-
 COMMAND = "train/sft.py"
 
 

@@ -145,10 +145,11 @@ class PreferenceTrainer(JanusTrainer):
                 f"log-probabilities of the model before training, and at step {self.state.global_step} its weights "
                 "have changed. Copy it beside the checkpoints, or start again with --resume never."
             )
+        if is_first_rank():
+            computed = f"computing {len(missing):,} of {sum(map(len, self._splits)):,} sequences, " if missing else ""
+            print(f"reference: {computed}kept in {file if file and not missing else files.cached}", flush=True)
         if missing:
             self._compute_reference(table, missing, files)
-        elif is_first_rank():
-            print(f"reference: log-probabilities of {pairs:,} pairs, read from {file}", flush=True)
         if not np.isfinite(table).all():
             raise UserError("model: the log-probabilities of its answers are not finite before training.")
         if is_first_rank() and file != files.of_run:

@@ -45,6 +45,7 @@ def test_a_recipe_without_the_section_has_the_records_that_it_had(recipe_file: P
     recipe = load_recipe(recipe_file)
     assert recipe.preference is None
     assert "preference" not in recipe.to_yaml()
+    assert "siblings" not in recipe.to_yaml()
     assert not [key for key in run_fingerprint(recipe) if key.startswith("preference")]
 
 

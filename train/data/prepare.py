@@ -18,7 +18,7 @@ from train.data.diagnostics import find_data_error, no_usable_row
 from train.data.min_gain import apply_min_gain
 from train.data.pair_splits import build_pair_split
 from train.data.prepared_data import CachedSource, PreparedData, Split, UnreadText
-from train.data.siblings import UnpairedRows, pair_rows
+from train.data.siblings import LeftOutRows, limit_siblings, pair_rows
 from train.data.sources.mixture import apply_weight, hold_out
 from train.data.sources.names import name_sources
 from train.data.sources.source import BadRow, BadRows, OpenSource
@@ -73,11 +73,17 @@ def examine(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> PreparedData:
         apply_min_gain(key, source, np.arange(start, end), table, first_rows)
         for (key, source), (start, end) in zip(sources, pairwise(borders), strict=True)
     ]
-    by_source = [kept for kept, _ in filtered]
-    pairs, unpaired = None, []
+    limited = [
+        limit_siblings(key, source, kept, table, first_rows, recipe.seed)
+        for (key, source), (kept, _) in zip(sources, filtered, strict=True)
+    ]
+    by_source = [kept for kept, _ in limited]
+    left_out = [rows for _, rows in limited if rows]
+    pairs = None
     if recipe.preference:
         pairs, by_source, unpaired = _pair(sources, by_source, table, recipe)
         first_rows = pairs.rows[:, 0]
+        left_out += unpaired
     # From here on the numbers are those of conversations, or of pairs.
     training, held_out = by_source[: len(section.sources)], by_source[len(section.sources) :]
     if isinstance(section.validation, float):
@@ -95,7 +101,7 @@ def examine(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> PreparedData:
     # The number of sequences is a multiple of those of one step over all ranks, so ranks get equally many, and the
     # sequences are the same however a step is divided into ranks, batches and accumulation.
     def build(numbers: NDArray[np.int64], multiple_of: int) -> tuple[Split, NDArray[np.int64]]:
-        if pairs:
+        if pairs is not None:
             return build_pair_split(pairs.select(numbers), recipe, multiple_of)
         return build_split(numbers, table, recipe, multiple_of)
 
@@ -132,13 +138,13 @@ def examine(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> PreparedData:
         misspelled_ignores=misspelled,
         unused_ignores=unused,
         gain_filters=[gain_filter for _, gain_filter in filtered if gain_filter],
-        unpaired=unpaired,
+        left_out=left_out,
     )
 
 
 def _pair(
     sources: Sequence[tuple[str, Source]], by_source: Sequence[NDArray[np.int64]], table: TokenTable, recipe: Recipe
-) -> tuple[TokenPairs, list[NDArray[np.int64]], list[UnpairedRows]]:
+) -> tuple[TokenPairs, list[NDArray[np.int64]], list[LeftOutRows]]:
     """Return the pairs of all sources, the numbers of those of each source, and the rows that make none."""
     assert recipe.preference is not None
     paired = [

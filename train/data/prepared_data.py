@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from train.data.dataset import PackedDataset
 from train.data.min_gain import GainFilter
-from train.data.siblings import UnpairedRows
+from train.data.siblings import LeftOutRows
 from train.data.sources.source import BadRow, BadRows
 from train.data.stats import Overlap, Repeats
 
@@ -152,7 +152,7 @@ class PreparedData:
     - `misspelled_ignores`: sentences about names in `ignore` that no row has, while a row has a similar one.
     - `unused_ignores`: sentences about names in `ignore` that no row has, nor a similar one.
     - `gain_filters`: the effect of `min_gain` of each source that has it.
-    - `unpaired`: the rows without a pair, of each source whose rows are paired with siblings.
+    - `left_out`: rows of a source beyond its `siblings`, and rows without a sibling in preference training.
     """
 
     train: Split
@@ -167,7 +167,7 @@ class PreparedData:
     misspelled_ignores: Sequence[str] = ()
     unused_ignores: Sequence[str] = ()
     gain_filters: Sequence[GainFilter] = ()
-    unpaired: Sequence[UnpairedRows] = ()
+    left_out: Sequence[LeftOutRows] = ()
 
     @property
     def stats(self) -> dict[str, SplitStats]:

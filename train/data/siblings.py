@@ -1,8 +1,9 @@
-"""Pairs of siblings: rows of one source with the same instruction under different system messages.
+"""Siblings: rows of one source with the same instruction under different system messages.
 
-Each row's answer is chosen under its own message, and the answer that a sibling has under another message is rejected.
-Rows are compared by their tokens: siblings have the same instruction (and the same tokens just before the answer, as a
-template may write them there by the kind of answer), another prompt and another answer.
+`siblings` of a source limits their number. In preference training each row's answer is chosen under its own message,
+and the answer that a sibling has under another message is rejected. For that, rows are compared by their tokens:
+siblings have the same instruction (and the same tokens just before the answer, as a template may write them there by
+the kind of answer), another prompt and another answer.
 
     row 1   m1 q | a1        pair (1, 2)   chosen m1 q | a1    rejected m1 q | a2
     row 2   m2 q | a2        pair (2, 1)   chosen m2 q | a2    rejected m2 q | a1
@@ -21,12 +22,52 @@ from train.data.sources.source import BadRows
 from train.data.tokens.table import TokenTable
 from train.errors import UserError
 from train.formatting import format_count
-from train.recipe import PreferenceSection, Source
+from train.recipe import PreferenceSection, Source, TrainingSource
 
 ALONE = "no other row has its instruction under another system message"
 SAME_ANSWER = "its siblings have the same answer"
 _TAIL = 4
 """Tokens before the answer that siblings share, such as Qwen3's empty block of thoughts."""
+
+
+@dataclass(frozen=True, slots=True)
+class LeftOutRows:
+    """Rows of one source that are not trained, as they have too many siblings or none.
+
+    `key`: the source's key in the recipe. `rows`: rows of the source. `reasons`: reason -> the rows left out.
+    """
+
+    key: str
+    rows: int
+    reasons: dict[str, BadRows] = field(default_factory=dict)
+
+
+def limit_siblings(
+    key: str,
+    source: TrainingSource,
+    conversations: NDArray[np.int64],
+    table: TokenTable,
+    first_rows: NDArray[np.int64],
+    seed: int,
+) -> tuple[NDArray[np.int64], LeftOutRows | None]:
+    """Return the conversations of one source that its `siblings` keeps, and the others; None without that key.
+
+    Of each instruction as many are drawn, by the seed. A smaller number keeps some of those that a larger one keeps.
+    """
+    if source.siblings is None:
+        return conversations, None
+    rows = first_rows[conversations]
+    _, instruction = np.unique(table.questions[rows], return_inverse=True)
+    order = np.lexsort((np.random.Generator(np.random.PCG64(seed)).random(len(rows)), instruction))
+    starts = np.searchsorted(instruction[order], instruction[order])
+    rank = np.empty(len(rows), np.int64)
+    rank[order] = np.arange(len(rows)) - starts
+    kept = rank < source.siblings
+    left_out = LeftOutRows(f"{key}.siblings", len(rows))
+    for row in rows[~kept].tolist():
+        reason = f"more than {format_count(source.siblings, 'row')} of an instruction"
+        left_out.reasons.setdefault(reason, BadRows()).add(table.place(row), "left out by the seed")
+    return conversations[kept], left_out
 
 
 def pair_rows(
@@ -36,7 +77,7 @@ def pair_rows(
     table: TokenTable,
     settings: PreferenceSection,
     seed: int,
-) -> tuple[NDArray[np.int64], "UnpairedRows | None"]:
+) -> tuple[NDArray[np.int64], LeftOutRows | None]:
     """Return the pairs of the conversations of one source: int64 [pairs, 2], rows of the chosen and rejected answers.
 
     A conversation of two rows is a pair itself; the others are paired with siblings, and rows without one are counted.
@@ -54,21 +95,9 @@ def pair_rows(
     return pairs, unpaired
 
 
-@dataclass(frozen=True, slots=True)
-class UnpairedRows:
-    """Rows of one source that make no pair as the chosen one.
-
-    `key`: the source's key in the recipe. `rows`: rows of the source. `left_out`: reason -> these rows.
-    """
-
-    key: str
-    rows: int
-    left_out: dict[str, BadRows] = field(default_factory=dict)
-
-
 def pair_siblings(
     key: str, rows: NDArray[np.int64], table: TokenTable, which: Literal["one", "all"], seed: int
-) -> tuple[NDArray[np.int64], UnpairedRows]:
+) -> tuple[NDArray[np.int64], LeftOutRows]:
     """Return the pairs of rows of one source: int64 [pairs, 2], chosen and rejected; and the rows without one.
 
     `which`: with one sibling, drawn by the seed and the rows alone, or with all.
@@ -79,7 +108,7 @@ def pair_siblings(
         ids, start = table.ids(row), int(table.first_trained[row])
         groups[question + ids[max(start - _TAIL, 0) : start].tobytes()].append(number)
         halves.append((_digest(ids[:start]), _digest(ids[start:])))
-    unpaired = UnpairedRows(key, len(rows))
+    unpaired = LeftOutRows(key, len(rows))
     pairs: list[tuple[int, int]] = []
     for members in groups.values():
         for own in members:
@@ -89,7 +118,7 @@ def pair_siblings(
             if not siblings:
                 reason = SAME_ANSWER if others else ALONE
                 detail = f"{format_count(len(members), 'row')} with its instruction"
-                unpaired.left_out.setdefault(reason, BadRows()).add(table.place(rows[own]), detail)
+                unpaired.reasons.setdefault(reason, BadRows()).add(table.place(rows[own]), detail)
             elif which == "one":
                 siblings = [siblings[_draw(seed, prompt + answer) % len(siblings)]]
             pairs += [(own, sibling) for sibling in siblings]

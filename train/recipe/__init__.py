@@ -15,15 +15,13 @@ from train.recipe.schema import (
     Recipe,
     SaveSection,
     Section,
-    Source,
-    Sources,
     SystemGainSection,
     Text,
     TrackingSection,
-    TrainingSource,
     WandbSection,
     load_recipe,
 )
+from train.recipe.sources import Source, Sources, TrainingSource
 
 __all__ = [
     "TIME",

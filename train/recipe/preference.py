@@ -39,6 +39,15 @@ class PreferenceSection(Section):
     sibling drawn by `seed`; all = one pair for each sibling, so that of two rows each answer is chosen once and
     rejected once."""
 
+    def describe(self) -> str:
+        """Return the loss and its settings: `dpo, loss_type: [sigmoid], beta: 0.1`."""
+        settings = [f"beta: {self.beta:g}"]
+        if self.loss == "dpo":
+            settings.insert(0, f"loss_type: [{', '.join(self.loss_type)}]")
+            settings += [f"loss_weights: {[*self.loss_weights]}"] if self.loss_weights else []
+            settings += [f"label_smoothing: {self.label_smoothing:g}"] if self.label_smoothing else []
+        return ", ".join([self.loss, *settings])
+
 
 def check_preference(document: Document) -> None:
     """Add an error for each key that conflicts with section `preference`, or needs it."""

@@ -92,7 +92,7 @@ def list_missing(table: Table, splits: Sequence[PackedDataset]) -> list[tuple[in
     """Return the sequences of the first epoch that have a pair without log-probabilities: split and index of each."""
     missing, first = [], 0
     for number, split in enumerate(splits):
-        absent = np.isnan(table[first : first + len(split.lengths)]).any(axis=1)
+        absent = np.isnan(table[first : first + len(split.lengths)].sum(axis=1))
         plan = split.plan_of(0)
         missing += [(number, index) for index in range(len(split)) if absent[plan[index]].any()]
         first += len(split.lengths)

@@ -36,7 +36,7 @@ TEMPLATES = [
 
 @pytest.fixture
 def rows() -> list[dict[str, str]]:
-    """Rows of Janus: 12 instructions under one to four messages; the last two instructions have an odd sibling each."""
+    """Rows of Janus: 12 instructions under one to four messages, with two siblings that can't be paired."""
     rng = random.Random(5)
     text = lambda count: " ".join(rng.choice(WORDS.split()) for _ in range(rng.randint(1, count)))  # noqa: E731
     rows = [
@@ -48,7 +48,7 @@ def rows() -> list[dict[str, str]]:
         row["prompt"] = next(
             other["prompt"] for other in rows if other["system"].split()[-2] == row["system"].split()[-2]
         )
-    rows[-1]["output"] = rows[-2]["output"]  # the same answer under another message
+    rows[12]["output"] = rows[11]["output"]  # the same answer under both messages of an instruction
     rows.append({**rows[1], "output": "amber"})  # another answer under the same message
     rng.shuffle(rows)
     return rows

@@ -120,7 +120,7 @@ def pair_siblings(
                 detail = f"{format_count(len(members), 'row')} with its instruction"
                 unpaired.reasons.setdefault(reason, BadRows()).add(table.place(rows[own]), detail)
             elif which == "one":
-                siblings = [siblings[_draw(seed, prompt + answer) % len(siblings)]]
+                siblings = [min(siblings, key=lambda other: _draw(seed, *halves[own], *halves[other]))]
             pairs += [(own, sibling) for sibling in siblings]
     numbers = np.array(sorted(pairs), np.int64).reshape(-1, 2)
     return rows[numbers], unpaired
@@ -130,5 +130,5 @@ def _digest(ids: NDArray[np.int32]) -> bytes:
     return xxhash.xxh3_128_digest(np.ascontiguousarray(ids).data)
 
 
-def _draw(seed: int, row: bytes) -> int:
-    return int.from_bytes(hashlib.blake2b(str(seed).encode() + row, digest_size=8).digest())
+def _draw(seed: int, *digests: bytes) -> bytes:
+    return hashlib.blake2b(b"".join([str(seed).encode(), *digests]), digest_size=8).digest()

@@ -218,9 +218,9 @@ def interrupted_in_reference(*arguments: str) -> int:
     reference._SEQUENCES_PER_WRITE = 4
     write, written = reference.ReferenceFiles.write, 0
 
-    def write_and_signal(self: Any, path: Path, table: Any) -> None:
+    def write_and_signal(self: Any, *arguments: Any, **keywords: Any) -> None:
         nonlocal written
-        write(self, path, table)
+        write(self, *arguments, **keywords)
         written += 1
         if written == 2:
             os.kill(os.getpid(), getattr(signal, name))

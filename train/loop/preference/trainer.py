@@ -3,7 +3,6 @@
 from contextlib import nullcontext, suppress
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -137,7 +136,7 @@ class PreferenceTrainer(JanusTrainer):
         pairs = sum(len(split.lengths) for split in self._splits)
         files = ReferenceFiles(self._recipe, self._run, self._computation(), pairs)
         table, file = files.read(resumed=self.state.global_step > 0)
-        table = share_table(table, self.accelerator)  # the folders of other nodes may be others
+        table = share_table(table, self.accelerator)
         missing = list_missing(table, self._splits)
         adapter = isinstance(self._unwrap(), PeftModel)
         if missing and self.state.global_step and not adapter:
@@ -155,7 +154,7 @@ class PreferenceTrainer(JanusTrainer):
                 self._step_log.restart_clock()
         if not np.isfinite(table).all():
             raise UserError("model: the log-probabilities of its answers are not finite before training.")
-        self._write_reference(files, files.of_run, table)
+        self._write_reference(files, table, cached=False)
         self._reference = torch.from_numpy(table).to(self.args.device)
 
     def _computation(self) -> dict[str, Any]:
@@ -170,9 +169,9 @@ class PreferenceTrainer(JanusTrainer):
             "attention": config._attn_implementation,
         }
 
-    def _write_reference(self, files: ReferenceFiles, path: Path, table: Table) -> None:
+    def _write_reference(self, files: ReferenceFiles, table: Table, *, cached: bool) -> None:
         """Write one of the files on the first process. Raises UserError on all processes if that fails."""
-        write = partial(files.write, path, table)
+        write = partial(files.write, table, cached=cached)
         if error := self._writer.first_error_on_any_rank(write if is_first_rank() else lambda: None):
             raise UserError(f"{error}.")
 
@@ -195,7 +194,7 @@ class PreferenceTrainer(JanusTrainer):
         without_adapter = model.disable_adapter() if isinstance(model, PeftModel) else nullcontext()
         try:
             with evaluation_mode(self.model_wrapped), torch.no_grad(), without_adapter:
-                write = partial(self._write_reference, files, files.cached)
+                write = partial(self._write_reference, files, cached=True)
                 fill_table(table, missing, self._splits, score, self.accelerator, write)
         finally:
             if bar:

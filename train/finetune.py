@@ -30,6 +30,7 @@ from train.loop.master_weights import Launch, master_weights_error, read_launch
 from train.loop.metrics_log import StepLog
 from train.loop.output_dir import claim_output_dir, lock_output_dir
 from train.loop.preemption import Preemption
+from train.loop.preference.trainer import PreferenceTrainer
 from train.loop.report import write_report
 from train.loop.run_outcome import print_resume_hint, record_run_outcome
 from train.loop.side_files import side_file_errors
@@ -97,7 +98,7 @@ def finetune(recipe: Recipe, checkpoint: Checkpoint | None = None, resume_anyway
             _print(f"loading {recipe.model.name_or_path}")
             model = load_model(recipe)
             set_stop_tokens(model, tokenizer, stop_tokens)
-            trainer = JanusTrainer(
+            trainer = (PreferenceTrainer if recipe.preference else JanusTrainer)(
                 recipe, arguments, model, tokenizer, data, [step_log],
                 preemption=preemption, gain=gain, samples=samples, about=facts,
             )  # fmt: skip

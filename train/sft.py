@@ -37,10 +37,18 @@ from train.recipe import load_recipe
 from train.storage.local_paths import parse_path_or_id
 from train.warning_filters import filter_known_warnings
 
+COMMAND = "train/sft.py"
 
-def parse_options(arguments: list[str] | None) -> argparse.Namespace:
-    """Parse the command line. Exits with 2 if it can't be understood."""
-    parser = CommandLine(description=__doc__)
+
+def parse_options(
+    arguments: list[str] | None, command: str = COMMAND, description: str | None = __doc__
+) -> argparse.Namespace:
+    """Parse the command line. Exits with 2 if it can't be understood.
+
+    `command`, `description`: name and help text of the command, where it is another one with the same options.
+    """
+    parser = CommandLine(description=description)
+    parser.set_defaults(command=command)
     parser.add_argument("--recipe", type=Path, metavar="FILE", help="the recipe, a YAML file")
     parser.add_argument(
         "--init", type=Path, metavar="FILE", help="write a commented minimal recipe to FILE, and train nothing"
@@ -82,6 +90,8 @@ def parse_options(arguments: list[str] | None) -> argparse.Namespace:
     options = parser.parse_intermixed_args(arguments)
     if options.init is None and options.recipe is None:
         parser.error("the following arguments are required: --recipe")
+    if options.init is not None and command != COMMAND:
+        parser.error(f"--init writes a recipe for {COMMAND}: write one with it, and add the section `preference`")
     if options.init is not None and (options.recipe is not None or options.check or options.overrides):
         parser.error("--init writes a recipe: give it without --recipe, --check and overrides")
     if options.init is None and (options.model or options.data):
@@ -110,6 +120,9 @@ def run(options: argparse.Namespace) -> None:
         return
     json_file = discard_earlier_report(options.json) if options.json is not None else None
     recipe = load_recipe(options.recipe, options.overrides)
+    if recipe.command != options.command:
+        section = "has no section `preference`" if recipe.preference is None else "trains on pairs (`preference`)"
+        raise UserError(f"{options.recipe}: this recipe {section}. Run {recipe.command}.")
     check_files_exist(recipe, packages=not options.elsewhere)
     width = Console(file=sys.stdout).width
     finished, difference = find_finished_run(recipe) if options.resume == "auto" else (None, None)
@@ -146,11 +159,11 @@ def _check_for_this_machine(options: argparse.Namespace) -> None:
         raise UserError(f"{error} For a run on another machine: --check --elsewhere, or --gpus.") from error
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run the command; return its exit code."""
+def main(arguments: list[str] | None = None, command: str = COMMAND, description: str | None = __doc__) -> int:
+    """Run the command; return its exit code. Arguments: as of `parse_options`."""
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     filter_known_warnings()
-    options = parse_options(arguments)
+    options = parse_options(arguments, command, description)
     if options.check and not is_first_rank():
         return 0  # a report needs one process, however many the launcher starts
     if mistake := single_process_warning(os.environ):

@@ -24,7 +24,7 @@ class Task:
 
 
 def resume_options(keys: Sequence[str]) -> list[str]:
-    """Return the options of train/sft.py for `--resume-anyway` keys."""
+    """Return the options of the command that trains for `--resume-anyway` keys."""
     return [word for key in keys for word in ("--resume-anyway", key)]
 
 
@@ -78,6 +78,7 @@ def render_script(options: argparse.Namespace, config: dict[str, Any], task: Tas
         f"checkout={shlex.quote(str(ROOT))}",
         f"output_dir={shlex.quote(output_dir)}",
         f"max_restarts={options.max_restarts}",
+        f"command={task.recipe.command}",
         f"recipe=({join(['--recipe', str(options.recipe), *options.overrides])})",
         f"training=({join(resume_options(options.resume_anyway))})",
         f"launch=({join(launch)})",

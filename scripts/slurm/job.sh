@@ -75,7 +75,7 @@ if [ "$(in_outcome outcome)" != finished ]; then rm -f "$output_dir/outcome.json
 export PET_SIGNALS_TO_HANDLE=SIGINT # the only signal that torchrun handles
 srun --kill-on-bad-exit=1 bash -c 'trap "" TERM; exec accelerate launch --machine_rank "$SLURM_NODEID" "$@"' node \
     --main_process_ip "$MASTER_ADDR" --main_process_port "$MASTER_PORT" "${launch[@]}" \
-    "$checkout/train/sft.py" "${recipe[@]}" "${training[@]}" &
+    "$checkout/$command" "${recipe[@]}" "${training[@]}" &
 launched=$!
 while kill -0 $launched 2>/dev/null; do wait $launched; done # a signal ends `wait`, not the process
 wait $launched

@@ -141,14 +141,14 @@ def _distinct_recipes(tasks: list[Task]) -> Iterator[Recipe]:
 
 
 def run_data_check(options: argparse.Namespace, task: Task) -> int:
-    """Run train/sft.py --check, with a plan where the GPUs are known, and return its exit code.
+    """Run the recipe's command with --check, with a plan where the GPUs are known, and return its exit code.
 
     The report goes to standard error, because --print uses standard output.
     """
     from train.preflight.plan.job_memory import can_be_planned, parse_gpu_names
 
     gpus = parse_gpu_names(options.gpu_names, options.gpus)
-    command = [sys.executable, str(ROOT / "train" / "sft.py"), "--recipe", str(options.recipe), "--check"]
+    command = [sys.executable, str(ROOT / task.recipe.command), "--recipe", str(options.recipe), "--check"]
     command += ["--elsewhere", *resume_options(options.resume_anyway)]
     command += ["--gpus", gpus, "--nodes", str(options.nodes)] if gpus and can_be_planned(task.recipe) else []
     return subprocess.run([*command, *task.overrides], stdout=sys.stderr, check=False).returncode

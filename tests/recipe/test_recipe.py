@@ -513,7 +513,7 @@ def test_times_are_written_as_slurm_writes_them(recipe_file: Path) -> None:
 
 
 def test_the_sections_are_as_documented() -> None:
-    names = ["model", "chat", "data", "adapter", "quantization", "training", "tracking"]
+    names = ["model", "chat", "data", "adapter", "quantization", "preference", "training", "tracking"]
     names += ["save", "guards", "system_gain", "evaluation", "output_dir", "seed"]
     assert list(Recipe.model_fields) == names
 

@@ -12,6 +12,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 COMMANDS = {
     "train/sft.py": [()],
+    "train/preference.py": [()],
     "scripts/evaluate.py": [(), *((name,) for name in ("rules", "gain", "ifeval", "bench", "harness", "compare"))],
     "scripts/benchmark.py": [(), ("data",), ("train",), ("sysgen",)],
     "scripts/slurm/node_check.py": [()],

@@ -25,7 +25,8 @@ _FORMAT_ERRORS = {"missing column", "wrong type", "unknown role", "empty content
 class DroppedRows:
     """Rows that are not trained, or not in full, for one reason; `examples` are the first three.
 
-    `outcome`: refused (the run won't start), skipped, left out (by `min_gain`), dropped or truncated.
+    `outcome`: refused (the run won't start), skipped, left out (by `min_gain`, or without a sibling), dropped or
+    truncated.
     """
 
     outcome: str
@@ -42,9 +43,13 @@ def find_dropped_rows(data: PreparedData, section: DataSection) -> list[DroppedR
         rows, reason = gain_filter.left_out, f"left out of {gain_filter.rows:,} by {gain_filter.key}"
         if rows.count:
             groups.append(DroppedRows("left out", reason, rows.count, rows.examples))
+    for source in data.left_out:
+        for reason, rows in source.reasons.items():
+            groups.append(DroppedRows("left out", f"{reason} ({source.key})", rows.count, rows.examples))
     for name, stats in data.stats.items():
         for outcome, rows in stats.overlong.items():
-            reason = f"{name}, over {section.max_length:,} tokens"
+            part = f"{name} pairs with a half" if stats.pairs else f"{name},"
+            reason = f"{part} over {section.max_length:,} tokens"
             groups.append(DroppedRows(outcome, reason, rows.count, rows.examples))
     return sorted(groups, key=lambda group: -group.rows)
 
@@ -106,20 +111,30 @@ def find_data_warnings(data: PreparedData) -> list[str]:
     for name, stats in data.stats.items():
         if stats.duplicates.example:
             first, second = stats.duplicates.example
+            unit = f"{name} {stats.unit}"
             warnings.append(
-                f"{format_count(stats.duplicates.rows, f'{name} row', 'is an exact duplicate', 'are exact duplicates')}"
+                f"{format_count(stats.duplicates.rows, unit, 'is an exact duplicate', 'are exact duplicates')}"
                 f" of another: {second} is the same as {first}"
             )
+        if stats.pairs and stats.pairs.contradictory.example:
+            first, second = stats.pairs.contradictory.example
+            warnings.append(
+                f"{format_count(stats.pairs.contradictory.rows, f'{name} pair', 'contradicts', 'contradict')} another: "
+                f"under the same prompt {second} prefers the answer that {first} rejects, and the reverse"
+            )
     conversations, questions = data.overlap.conversations, data.overlap.questions
+    unit = f"validation {data.train.stats.unit}"
     if conversations.example:
         warnings.append(
-            f"{format_count(conversations.rows, 'validation row', 'is', 'are')} also in training, so the validation "
+            f"{format_count(conversations.rows, unit, 'is', 'are')} also in training, so the validation "
             f"loss is too low: {conversations.example[1]} is the same as {conversations.example[0]}"
         )
     if questions.example and questions.rows > conversations.rows:
+        verbs, part = (("has", "have"), "an") if data.train.stats.pairs else (("begins", "begin"), "with a")
+        what = "instruction" if data.train.stats.pairs else "user message"
         warnings.append(
-            f"{format_count(questions.rows, 'validation row', 'begins', 'begin')} with a user message that is also in "
-            f"training: {questions.example[1]} and {questions.example[0]}"
+            f"{format_count(questions.rows, unit, *verbs)} {part} {what} that is also in training: "
+            f"{questions.example[1]} and {questions.example[0]}"
         )
     return warnings
 
@@ -131,7 +146,8 @@ def _first_three(names: Sequence[object]) -> str:
 def describe_loss_weights(data: PreparedData, section: DataSection) -> list[str]:
     """Return a line for each split and each source that has loss weights other than 1."""
     lines = [
-        f"{stats.rows_with_loss_weight:,} of {format_count(stats.rows, f'{name} row')} have a loss weight other than 1"
+        f"{stats.rows_with_loss_weight:,} of {format_count(stats.rows, f'{name} {stats.unit}')} have a loss weight "
+        "other than 1"
         for name, stats in data.stats.items()
         if stats.rows_with_loss_weight
     ]
@@ -156,19 +172,22 @@ def find_data_error(data: PreparedData, recipe: Recipe) -> str | None:
         )
     for name, stats in data.stats.items():
         if refused := stats.overlong.get("refused"):
+            what = "pairs have a half with" if stats.pairs else "rows have"
             reasons.append(
-                f"{refused.count:,} {name} rows have more tokens than data.max_length ({section.max_length:,}); the "
+                f"{refused.count:,} {name} {what} more tokens than data.max_length ({section.max_length:,}); the "
                 f"longest has {stats.longest:,} ({stats.longest_place}). Write a larger max_length, or say what "
                 "happens to them: `data.overlong: drop` or `data.overlong: truncate`."
             )
         if not stats.rows:
             overlong = sum(rows.count for rows in stats.overlong.values())
             reasons.append(
-                f"no {name} row remains of {stats.conversations:,}: {overlong:,} are longer than data.max_length "
-                f"({section.max_length:,}); the longest has {stats.longest:,} tokens."
+                f"no {name} {stats.unit} remains of {stats.conversations:,}: {overlong:,} are longer than "
+                f"data.max_length ({section.max_length:,}); the longest has {stats.longest:,} tokens."
             )
     weights = describe_loss_weights(data, section)
-    if weights and (key := key_of_other_loss(recipe.training)):
+    if weights and recipe.preference:
+        reasons.append(f"{weights[0]}, and the losses of pairs have no weights. Remove them.")
+    elif weights and (key := key_of_other_loss(recipe.training)):
         reasons.append(
             f"{weights[0]}, and TRL computes the loss of {key} without weights. Remove that key or the weights."
         )

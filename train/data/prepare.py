@@ -16,12 +16,15 @@ from transformers import PreTrainedTokenizerBase
 from train.data.cache import Entry
 from train.data.diagnostics import find_data_error, no_usable_row
 from train.data.min_gain import apply_min_gain
+from train.data.pair_splits import build_pair_split
 from train.data.prepared_data import CachedSource, PreparedData, Split, UnreadText
+from train.data.siblings import LeftOutRows, limit_siblings, pair_rows
 from train.data.sources.mixture import apply_weight, hold_out
 from train.data.sources.names import name_sources
 from train.data.sources.source import BadRow, BadRows, OpenSource
 from train.data.splits import build_split
 from train.data.stats import Overlap, Repeats, find_shared
+from train.data.tokens.pairs import TokenPairs
 from train.data.tokens.source import ROWS, tokenize_source
 from train.data.tokens.table import TokenTable
 from train.errors import UserError
@@ -70,32 +73,45 @@ def examine(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> PreparedData:
         apply_min_gain(key, source, np.arange(start, end), table, first_rows)
         for (key, source), (start, end) in zip(sources, pairwise(borders), strict=True)
     ]
-    by_source = [kept for kept, _ in filtered]
+    limited = [
+        limit_siblings(key, source, kept, table, first_rows, recipe.seed)
+        for (key, source), (kept, _) in zip(sources, filtered, strict=True)
+    ]
+    by_source = [kept for kept, _ in limited]
+    left_out = [rows for _, rows in limited if rows]
+    pairs = None
+    if recipe.preference:
+        pairs, by_source, unpaired = _pair(sources, by_source, table, recipe)
+        first_rows = pairs.rows[:, 0]
+        left_out += unpaired
+    # From here on the numbers are those of conversations, or of pairs.
     training, held_out = by_source[: len(section.sources)], by_source[len(section.sources) :]
     if isinstance(section.validation, float):
-        questions = [table.questions[first_rows[conversations]] for conversations in training]
+        questions = [table.questions[first_rows[numbers]] for numbers in training]
         masks = hold_out(questions, section.validation, recipe.seed)
-        held_out = [conversations[mask] for conversations, mask in zip(training, masks, strict=True)]
-        training = [conversations[~mask] for conversations, mask in zip(training, masks, strict=True)]
+        held_out = [numbers[mask] for numbers, mask in zip(training, masks, strict=True)]
+        training = [numbers[~mask] for numbers, mask in zip(training, masks, strict=True)]
     else:
         held_out = [
-            apply_weight(*sources[len(training) + number], conversations, recipe.seed)
-            for number, conversations in enumerate(held_out)
+            apply_weight(*sources[len(training) + source], numbers, recipe.seed)
+            for source, numbers in enumerate(held_out)
         ]
-    training = [
-        apply_weight(*sources[number], conversations, recipe.seed) for number, conversations in enumerate(training)
-    ]
+    training = [apply_weight(*sources[source], numbers, recipe.seed) for source, numbers in enumerate(training)]
 
     # The number of sequences is a multiple of those of one step over all ranks, so ranks get equally many, and the
     # sequences are the same however a step is divided into ranks, batches and accumulation.
-    step = sequences_per_step(recipe, world_size())
-    train, trained = build_split(np.concatenate(training), table, recipe, step)
+    def build(numbers: NDArray[np.int64], multiple_of: int) -> tuple[Split, NDArray[np.int64]]:
+        if pairs is not None:
+            return build_pair_split(pairs.select(numbers), recipe, multiple_of)
+        return build_split(numbers, table, recipe, multiple_of)
+
+    train, trained = build(np.concatenate(training), sequences_per_step(recipe, world_size()))
     validation_split: Split | None = None
     overlap = Overlap()
     if held_out:
         step = sequences_per_step(recipe, world_size(), evaluation=True)
-        validation_split, validated = build_split(np.concatenate(held_out), table, recipe, step)
-        overlap = _find_overlap(table, first_rows[trained], first_rows[validated])
+        validation_split, validated = build(np.concatenate(held_out), step)
+        overlap = _find_overlap(table, trained, validated)
 
     unread: list[UnreadText] = []
     misspelled: list[str] = []
@@ -122,7 +138,23 @@ def examine(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> PreparedData:
         misspelled_ignores=misspelled,
         unused_ignores=unused,
         gain_filters=[gain_filter for _, gain_filter in filtered if gain_filter],
+        left_out=left_out,
     )
+
+
+def _pair(
+    sources: Sequence[tuple[str, Source]], by_source: Sequence[NDArray[np.int64]], table: TokenTable, recipe: Recipe
+) -> tuple[TokenPairs, list[NDArray[np.int64]], list[LeftOutRows]]:
+    """Return the pairs of all sources, the numbers of those of each source, and the rows that make none."""
+    assert recipe.preference is not None
+    paired = [
+        pair_rows(key, source, conversations, table, recipe.preference, recipe.seed)
+        for (key, source), conversations in zip(sources, by_source, strict=True)
+    ]
+    ends = np.cumsum([len(rows) for rows, _ in paired])
+    numbers = np.split(np.arange(ends[-1]), ends[:-1])
+    pairs = TokenPairs(table, np.concatenate([rows for rows, _ in paired]))
+    return pairs, numbers, [unpaired for _, unpaired in paired if unpaired]
 
 
 def _collect_errors(tokenized: Sequence[tuple[Entry, OpenSource]]) -> dict[str, BadRows]:
@@ -163,7 +195,7 @@ def _check_ignore(key: str, source: Source, names: list[str], misspelled: list[s
 
 
 def _find_overlap(table: TokenTable, training: NDArray[np.int64], validation: NDArray[np.int64]) -> Overlap:
-    """Return the overlap of two splits, each given as the first rows of its conversations."""
+    """Return the overlap of two splits, each given as a row of each of its conversations."""
 
     def repeats(digests: NDArray[np.bytes_]) -> Repeats:
         return find_shared(

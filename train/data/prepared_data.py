@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from train.data.dataset import PackedDataset
 from train.data.min_gain import GainFilter
+from train.data.siblings import LeftOutRows
 from train.data.sources.source import BadRow, BadRows
 from train.data.stats import Overlap, Repeats
 
@@ -27,6 +28,24 @@ class ExampleRow(NamedTuple):
     loss_weights: list[float]
 
 
+@dataclass(frozen=True)
+class PairStats:
+    """Counts of a split of pairs.
+
+    - `siblings`: pairs of two rows' answers; the others are pairs of one row.
+    - `chosen_tokens`, `rejected_tokens`: trained tokens of all chosen and all rejected answers.
+    - `chosen_longer`, `rejected_longer`: pairs whose chosen or rejected answer has more tokens than the other.
+    - `contradictory`: pairs whose answers another pair has the other way round, under the same prompt.
+    """
+
+    siblings: int
+    chosen_tokens: int
+    rejected_tokens: int
+    chosen_longer: int
+    rejected_longer: int
+    contradictory: Repeats
+
+
 @dataclass
 class SplitStats:
     """Counts of one split.
@@ -39,6 +58,9 @@ class SplitStats:
     - `overlong`: rows longer than data.max_length, by what happened to them: refused, dropped or truncated.
     - `documents_per_sequence`: rows in each sequence.
     - `examples`: a few rows to look at.
+    - `capacity`: the tokens that a sequence can hold.
+    - `pairs`: None unless the split is one of pairs. Then the counts of conversations and rows are those of pairs,
+      tokens those of both halves, `lengths` those of the longer half, and `examples` has both halves of a few pairs.
     """
 
     conversations: int = 0
@@ -55,6 +77,13 @@ class SplitStats:
     documents_per_sequence: NDArray[np.int32] = field(default_factory=lambda: np.empty(0, np.int32))
     duplicates: Repeats = field(default_factory=Repeats)
     examples: list[ExampleRow] = field(default_factory=list)
+    capacity: int = 0
+    pairs: PairStats | None = None
+
+    @property
+    def unit(self) -> str:
+        """The word for what is counted as a row."""
+        return "pair" if self.pairs else "row"
 
     @property
     def sequences(self) -> int:
@@ -123,6 +152,7 @@ class PreparedData:
     - `misspelled_ignores`: sentences about names in `ignore` that no row has, while a row has a similar one.
     - `unused_ignores`: sentences about names in `ignore` that no row has, nor a similar one.
     - `gain_filters`: the effect of `min_gain` of each source that has it.
+    - `left_out`: rows of a source beyond its `siblings`, and rows without a sibling in preference training.
     """
 
     train: Split
@@ -137,6 +167,7 @@ class PreparedData:
     misspelled_ignores: Sequence[str] = ()
     unused_ignores: Sequence[str] = ()
     gain_filters: Sequence[GainFilter] = ()
+    left_out: Sequence[LeftOutRows] = ()
 
     @property
     def stats(self) -> dict[str, SplitStats]:

@@ -1,6 +1,7 @@
 """Splits: conversations -> the rows that are trained, truncated or dropped by length, packed, and counted."""
 
 import random
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from numpy.typing import NDArray
 from train.data.cache import cache_key, get_or_build
 from train.data.dataset import PackedDataset
 from train.data.loss_mask import NOT_TRAINED
-from train.data.packing import PackingPlan, plan_packing
+from train.data.packing import DOCUMENTS_PER_SEQUENCE, PackingPlan, plan_packing
 from train.data.prepared_data import ExampleRow, Split, SplitStats
 from train.data.sources.source import BadRow, BadRows
 from train.data.stats import choose_examples, find_duplicates
@@ -28,18 +29,25 @@ _PLAN = "plan"
 def build_split(
     conversations: NDArray[np.int64], table: TokenTable, recipe: Recipe, multiple_of: int
 ) -> tuple[Split, NDArray[np.int64]]:
-    """Return the split of these conversations, and the conversations that have a row in it, each once.
+    """Return the split of these conversations, and a row of each conversation that has one in it.
 
     `conversations`: int64, numbers of conversations in `table`, repeated as often as they are trained.
     `multiple_of`: the number of sequences is a multiple of it where rows are packed.
     """
     section = recipe.data
-    stats = SplitStats(conversations=len(conversations))
+    stats = SplitStats(conversations=len(conversations), capacity=section.max_length)
     candidates = _rows_of(conversations, table.conversations)
     stats.lengths = table.lengths[candidates]
     if len(candidates):
         stats.longest_place = table.place(candidates[int(stats.lengths.argmax())])
-    chosen = _drop_overlong(candidates, table, section, stats)
+    kept = keep_within_length(
+        stats.lengths[:, None],
+        table.first_trained[candidates][:, None],
+        lambda number: table.place(candidates[number]),
+        section,
+        stats,
+    )
+    chosen = candidates[kept]
     stats.rows = len(chosen)
     stats.rows_with_system = int(table.has_system[chosen].sum())
     stats.distinct_systems = table.count_distinct_systems(chosen)
@@ -50,7 +58,7 @@ def build_split(
         table,
         chosen,
         section.max_length,
-        lambda epoch: _load_plan(lengths, recipe, multiple_of, epoch if section.repack else 0),
+        lambda epoch: load_plan(lengths, recipe, multiple_of, epoch),
         packed=section.packing,
     )
     stats.tokens = int(lengths.sum())
@@ -72,7 +80,7 @@ def build_split(
         weights = np.unique(dataset.loss_weights(position)[labels != NOT_TRAINED]).tolist()
         example = ExampleRow(ids, labels, table.place(row), bool(table.has_system[row]), weights)
         stats.examples.append(example)
-    return Split(dataset, stats), table.conversations[chosen[firsts]]
+    return Split(dataset, stats), chosen[firsts]
 
 
 def _rows_of(conversations: NDArray[np.int64], conversation_of_row: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -83,22 +91,29 @@ def _rows_of(conversations: NDArray[np.int64], conversation_of_row: NDArray[np.i
     return np.repeat(starts - before, counts) + np.arange(counts.sum())
 
 
-def _drop_overlong(
-    candidates: NDArray[np.int64], table: TokenTable, section: DataSection, stats: SplitStats
-) -> NDArray[np.int64]:
-    """Return the rows that `data.overlong` keeps; count the others and the truncated ones in `stats`."""
-    lengths, max_length = table.lengths[candidates], section.max_length
-    overlong = lengths > max_length
-    truncated = overlong & (table.first_trained[candidates] < max_length) & (section.overlong == "truncate")
-    stats.overlong_tokens = int(lengths[overlong].sum()) - int(truncated.sum()) * max_length
+def keep_within_length(
+    lengths: NDArray[np.int32],
+    first_trained: NDArray[np.int32],
+    place: Callable[[int], str],
+    section: DataSection,
+    stats: SplitStats,
+) -> NDArray[np.bool_]:
+    """Return a mask of the rows that `data.overlong` keeps; count the others and the truncated ones in `stats`.
+
+    `lengths`, `first_trained`: [rows, parts]; a pair has two parts, and stays or goes as one. `place`: of a row.
+    """
+    max_length = section.max_length
+    overlong = (lengths > max_length).any(axis=1)
+    truncated = overlong & (first_trained < max_length).all(axis=1) & (section.overlong == "truncate")
+    stats.overlong_tokens = int(lengths[overlong].sum()) - int(np.minimum(lengths[truncated], max_length).sum())
     name = "refused" if section.overlong == "error" else "dropped"
     for outcome, mask in (("truncated", truncated), (name, overlong & ~truncated)):
         positions = np.flatnonzero(mask)
         if len(positions):
             bad = stats.overlong[outcome] = BadRows(len(positions))
             for position in positions[:3]:
-                bad.examples.append(BadRow(table.place(candidates[position]), f"{lengths[position]:,} tokens"))
-    return candidates[~overlong | truncated]
+                bad.examples.append(BadRow(place(position), f"{lengths[position].max():,} tokens"))
+    return ~overlong | truncated
 
 
 def _count_cut(chosen: NDArray[np.int64], table: TokenTable, max_length: int) -> int:
@@ -108,14 +123,22 @@ def _count_cut(chosen: NDArray[np.int64], table: TokenTable, max_length: int) ->
     return int(np.diff(np.maximum(beyond, 0)).sum())
 
 
-def _load_plan(lengths: NDArray[np.int32], recipe: Recipe, multiple_of: int, epoch: int) -> PackingPlan:
-    """Return the packing plan of an epoch, from the cache or computed now: a large one takes minutes."""
-    capacity = recipe.data.max_length
+def load_plan(
+    lengths: NDArray[np.int32], recipe: Recipe, multiple_of: int, epoch: int, *, documents: int = 1
+) -> PackingPlan:
+    """Return the packing plan of an epoch, from the cache or computed now: a large one takes minutes.
+
+    `documents`: those of each row, 2 of a pair; a sequence holds as many times `data.max_length` tokens.
+    """
     if not recipe.data.packing:
         return plan_packing(lengths, None)
+    capacity, epoch = recipe.data.max_length * documents, epoch if recipe.data.repack else 0
+    most = DOCUMENTS_PER_SEQUENCE // documents
 
     def compute() -> PackingPlan:
-        return plan_packing(lengths, capacity, multiple_of=multiple_of, seed=recipe.seed, epoch=epoch)
+        return plan_packing(
+            lengths, capacity, multiple_of=multiple_of, documents_per_sequence=most, seed=recipe.seed, epoch=epoch
+        )
 
     def build(folder: Path) -> dict[str, Any]:
         plan = compute()
@@ -125,6 +148,7 @@ def _load_plan(lengths: NDArray[np.int32], recipe: Recipe, multiple_of: int, epo
     fingerprint = {
         "lengths": xxhash.xxh3_128(lengths.tobytes()).hexdigest(),
         "numbers": [capacity, multiple_of, recipe.seed, epoch],
+        **({"documents": documents} if documents > 1 else {}),
     }
     with progress_bar("packing", unit="rows"):
         try:

@@ -10,7 +10,7 @@ from transformers.trainer_utils import EvalLoopOutput
 from trl import SFTConfig
 
 from train.loop.checkpointing import CheckpointingTrainer
-from train.loop.loss import LossSums, mean_metrics
+from train.loop.loss import TOKEN_METRICS, MeanMetrics
 from train.loop.metrics_log import StepLog
 from train.loop.preemption import Preemption
 from train.loop.preemption_callback import EvaluationStoppedError, PreemptionCallback
@@ -44,8 +44,10 @@ class EvaluatingTrainer(CheckpointingTrainer):
     Its loss is the mean over TOKENS, independent of the batches. System gain and samples are measured beside it.
     """
 
-    _evaluated: LossSums | None = None
-    """Sums of the evaluation that is running."""
+    mean_metrics: MeanMetrics = TOKEN_METRICS
+    """Metrics of training and evaluation that the model's outputs decide."""
+    _evaluated: torch.Tensor
+    """Their sums in the evaluation that is running."""
     _evaluated_sources: SourceFigures
     """Those of each source, set up by the subclass."""
 
@@ -99,7 +101,7 @@ class EvaluatingTrainer(CheckpointingTrainer):
 
         That of training.eval_on_start is due when a run begins, not when it resumes.
         """
-        if kwargs.get("skip_scheduler") and self.state.global_step:
+        if kwargs.get("skip_scheduler") and self._resumed_settings:  # at step 0 too, where one may be pending
             return {}
         try:
             if self._preemption.reason:
@@ -117,14 +119,14 @@ class EvaluatingTrainer(CheckpointingTrainer):
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
         """Evaluate. transformers weighs each batch alike; here each token counts once, in the loss with its weight."""
-        self._evaluated = None
+        size = self.mean_metrics.sums
+        self._evaluated = torch.zeros(size, dtype=torch.float64, device=self.args.device)
         self._evaluated_sources.clear()
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-        own = self._evaluated or [torch.zeros((), dtype=torch.float64, device=self.args.device)] * 5
-        own_sums = torch.cat([torch.stack(list(own)), self._evaluated_sources.sums.flatten()])
+        own_sums = torch.cat([self._evaluated, self._evaluated_sources.sums.flatten()])
         sums = self.accelerator.reduce(own_sums, reduction="sum").tolist()
-        means = {f"{metric_key_prefix}_{name}": mean for name, mean in mean_metrics(sums[:5]).items()}
-        output.metrics.update(means | self._evaluated_sources.metrics(sums[5:], f"{metric_key_prefix}_"))
+        means = {f"{metric_key_prefix}_{name}": mean for name, mean in self.mean_metrics.means(sums[:size]).items()}
+        output.metrics.update(means | self._evaluated_sources.metrics(sums[size:], f"{metric_key_prefix}_"))
         for measurement in self._measurements:
             output.metrics.update(self._measure(measurement, metric_key_prefix))
         return output

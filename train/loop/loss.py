@@ -7,7 +7,7 @@ loss                  (l3 + l4 + l6 + l7) / trained tokens of the optimizer step
 with loss weights     (w3 l3 + w4 l4 + w6 l6 + w7 l7) / sum of the weights w of the optimizer step, on all processes
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from inspect import signature
 from typing import Any, NamedTuple
 
@@ -24,30 +24,40 @@ LOGITS_LIMIT = 2**28
 """Logits that a CPU computes at once: 1 GiB in float32."""
 
 
-class LossSums(NamedTuple):
-    """Sums over the tokens that have a loss, on the device: losses and entropies in nats, correct top-1 predictions,
-    tokens, loss weights. Only the losses are weighted."""
+class MeanMetrics(NamedTuple):
+    """Metrics that are quotients of sums: the sums of micro-batches and of processes are added, and divided at last.
 
-    loss: torch.Tensor
-    entropy: torch.Tensor
-    correct: torch.Tensor
-    tokens: torch.Tensor
-    weights: torch.Tensor
+    - `sums`: number of sums, float64 [sums] on the device.
+    - `means`: returns the metrics by their names in the log; none if nothing was counted.
+    """
 
-    @staticmethod
-    def from_outputs(outputs: Any, weights: torch.Tensor | None = None) -> "LossSums":
-        """Return the sums of TRL's fused head, whose fields are 0 where a token has no loss.
+    sums: int
+    means: Callable[[Sequence[float]], dict[str, float]]
 
-        `weights`: loss weights, of the same shape; None = 1.
-        """
-        losses = -outputs.log_probs if weights is None else -outputs.log_probs * weights
-        counted = outputs.label_mask if weights is None else weights
-        values = (losses, outputs.entropy, outputs.is_top1, outputs.label_mask, counted)
-        return LossSums(*(value.detach().sum(dtype=torch.float64) for value in values))
 
-    def plus(self, other: "LossSums | None") -> "LossSums":
-        """Return the sums of both."""
-        return self if other is None else LossSums(*(left + right for left, right in zip(self, other, strict=True)))
+def sum_losses(outputs: Any, weights: torch.Tensor | None = None) -> torch.Tensor:
+    """Return sums over the tokens that have a loss: losses and entropies in nats, correct top-1 predictions, tokens,
+    loss weights. Only the losses are weighted.
+
+    Args:
+        outputs: of TRL's fused head, whose fields are 0 where a token has no loss.
+        weights: loss weights, of the same shape; None = 1.
+    """
+    losses = -outputs.log_probs if weights is None else -outputs.log_probs * weights
+    counted = outputs.label_mask if weights is None else weights
+    values = (losses, outputs.entropy, outputs.is_top1, outputs.label_mask, counted)
+    return torch.stack([value.detach().sum(dtype=torch.float64) for value in values])
+
+
+def _mean_losses(sums: Sequence[float]) -> dict[str, float]:
+    loss, entropy, correct, tokens, weights = sums
+    if not weights:
+        return {}
+    return {"loss": loss / weights, "entropy": entropy / tokens, "mean_token_accuracy": correct / tokens}
+
+
+TOKEN_METRICS = MeanMetrics(5, _mean_losses)
+"""Means over tokens: those of `sum_losses`."""
 
 
 def needs_logits(trainer: SFTTrainer) -> bool:
@@ -70,14 +80,6 @@ def check_weighable(trainer: SFTTrainer, data: PreparedData) -> None:
             "training.router_aux_loss_coef: TRL computes the loss of a mixture of experts with its auxiliary loss, and "
             "without the loss weights that rows have. Write 0, or remove the weights."
         )
-
-
-def mean_metrics(sums: Sequence[float]) -> dict[str, float]:
-    """Return the means of the fields of a LossSums by their names in the log; none without tokens."""
-    loss, entropy, correct, tokens, weights = sums
-    if not weights:
-        return {}
-    return {"loss": loss / weights, "entropy": entropy / tokens, "mean_token_accuracy": correct / tokens}
 
 
 def score_labels(model: torch.nn.Module, unwrapped: torch.nn.Module, inputs: dict[str, Any]) -> Any:

@@ -19,13 +19,15 @@ ATTEMPTS = "attempts.jsonl"
 """A line when an attempt begins, and one when it ends; one that was killed has no second line."""
 STAGING = "unfinished"
 """Folder of a checkpoint until it is complete."""
+REFERENCE = "reference.npz"
+"""The reference's log-probabilities of the pairs of a run with DPO."""
 SUSPECTS = "suspects.jsonl"
 """A JSON object for each step that a guard reported."""
 CARD = "README.md"
 CARD_MARK = "fine-tuned with janus-sft by this recipe:"
 """Text of every model card that a run writes, and of no other README.md."""
 _RUN_FILES = (
-    *(LOCK, ATTEMPTS, OUTCOME, SUSPECTS, GAIN_FILE, SAMPLES_FILE),
+    *(LOCK, ATTEMPTS, OUTCOME, REFERENCE, SUSPECTS, GAIN_FILE, SAMPLES_FILE),
     *("metrics.jsonl", "report.md", "loss.png", "system_gain.png", "followed.png"),
 )
 """Files that a run writes beside the model; `claim_output_dir` writes recipe.yaml."""

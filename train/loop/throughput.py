@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from transformers import TrainerCallback
 
 from train.loop.batch_info import BatchInfo
-from train.loop.loss import LossSums, mean_metrics
+from train.loop.loss import TOKEN_METRICS, MeanMetrics
 from train.loop.source_figures import SourceFigures
 from train.model.architecture import Architecture
 from train.model.flops import count_training_flops, peak_flops
@@ -72,15 +72,22 @@ class Throughput(TrainerCallback):
     no recomputation. It is left out for devices of unknown peak and for mixtures of experts.
     """
 
-    def __init__(self, accelerator: Accelerator, shape: Architecture | None, sources: SourceFigures) -> None:
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        shape: Architecture | None,
+        sources: SourceFigures,
+        metrics: MeanMetrics = TOKEN_METRICS,
+    ) -> None:
         """Begin to count.
 
         Args:
             accelerator: of the trainer.
             shape: the model's dimensions; None if its FLOPs can't be counted.
             sources: figures by source, which are gathered, saved and cleared together with these.
+            metrics: those that sums of the model are divided into.
         """
-        self._accelerator, self._shape, self._sources = accelerator, shape, sources
+        self._accelerator, self._shape, self._sources, self._metrics = accelerator, shape, sources, metrics
         self._clock = _Clock(accelerator.device)
         self._peak = peak_flops(torch.cuda.get_device_name()) if accelerator.device.type == "cuda" else None
         self._step_began = self._optimizer_began = self._clock.now()
@@ -88,7 +95,7 @@ class Throughput(TrainerCallback):
 
     def _clear(self) -> None:
         self._documents: list[NDArray[np.int64]] = []
-        self._sums: LossSums | None = None
+        self._sums = torch.zeros(self._metrics.sums, dtype=torch.float64, device=self._accelerator.device)
         self._spans: list[tuple[str, Any, Any]] = []
         self._trained_tokens = self._steps = 0
         self._waited = 0.0
@@ -97,19 +104,16 @@ class Throughput(TrainerCallback):
 
     def state(self) -> dict[str, Any]:
         """Return what this process has counted since the last logging step, for a checkpoint."""
-        sums = torch.stack(list(self._all_sums())).tolist()
-        return {"counts": self._counts().tolist(), "sums": sums, **self._sources.state()}
+        return {"counts": self._counts().tolist(), "sums": self._sums.tolist(), **self._sources.state()}
 
     def load(self, states: Sequence[dict[str, Any]]) -> None:
         """Continue from the counts of these processes."""
         self._clear()
         self._sources.load(states)
         self._carried = np.sum([state["counts"] for state in states], axis=0) if states else self._carried
-        device = self._accelerator.device
         for state in states:
-            values = (state["sums"] + state["sums"][3:4])[:5]  # without loss weights in earlier versions
-            sums = LossSums(*torch.tensor(values, dtype=torch.float64, device=device))
-            self._sums = sums.plus(self._sums)
+            values = (state["sums"] + state["sums"][3:4])[: self._metrics.sums]  # no loss weights in earlier versions
+            self._sums += torch.tensor(values, dtype=torch.float64, device=self._sums.device)
 
     def _counts(self) -> NDArray[np.float64]:
         """Return tokens, trained tokens, FLOPs, steps, and seconds: total, waiting, forward, backward, optimizer."""
@@ -121,10 +125,6 @@ class Throughput(TrainerCallback):
         parts["backward"] -= parts["forward"]  # timed around both
         counts = [documents.sum(), self._trained_tokens, flops, self._steps, parts.pop("step"), self._waited]
         return self._carried + np.array([*counts, *parts.values()], np.float64)
-
-    def _all_sums(self) -> Iterator[torch.Tensor]:
-        for value in self._sums or [0.0] * len(LossSums._fields):
-            yield torch.as_tensor(value, dtype=torch.float64, device=self._accelerator.device)
 
     def begin_step(self) -> None:
         """Start the clock of a step: its batches are requested."""
@@ -154,13 +154,13 @@ class Throughput(TrainerCallback):
             self._waited += time.perf_counter() - began
             yield batch
 
-    def add(self, batch: BatchInfo, sums: LossSums | None) -> None:
-        """Count a micro-batch."""
+    def add(self, batch: BatchInfo, sums: torch.Tensor | None) -> None:
+        """Count a micro-batch. `sums`: those of the model, on its device."""
         if batch.is_counted_here:
             self._documents.append(batch.documents)
             self._trained_tokens += batch.trained_tokens
         if sums is not None:
-            self._sums = sums.plus(self._sums)
+            self._sums += sums
 
     @contextmanager
     def timed(self, part: str) -> Iterator[None]:
@@ -176,14 +176,14 @@ class Throughput(TrainerCallback):
         """
         own = [*self._counts(), self._peak_memory(), *extra]
         local = torch.tensor(own, dtype=torch.float64, device=self._accelerator.device)
-        numbers = torch.cat([torch.stack(list(self._all_sums())), local, self._sources.sums.flatten()])
+        numbers = torch.cat([self._sums, local, self._sources.sums.flatten()])
         gathered = self._accelerator.gather(numbers[None]).cpu().numpy()
-        size = len(LossSums._fields)
+        size = self._metrics.sums
         sums, counts, by_source = np.split(gathered, [size, size + len(local)], axis=1)
         tokens, trained, flops = counts[:, :3].sum(0)
         processes, steps = len(counts), max(counts[0, 3], 1)
         seconds = max(float(counts[:, 4].max()), 1e-9)
-        metrics = mean_metrics(sums.sum(0))
+        metrics = self._metrics.means(sums.sum(0))
         metrics.pop("loss", None)  # transformers logs the mean over the steps
         metrics |= {
             "tokens_per_second": tokens / seconds,

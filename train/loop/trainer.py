@@ -27,7 +27,7 @@ from train.loop.fsdp import gather_output_layer
 from train.loop.guards.anomalies import Guards
 from train.loop.guards.packing_isolation import PackingIsolationTest
 from train.loop.layer_kernels import LayerKernels
-from train.loop.loss import LossSums, check_weighable, fused_loss, needs_logits, score_labels
+from train.loop.loss import check_weighable, fused_loss, needs_logits, score_labels, sum_losses
 from train.loop.preemption import Preemption
 from train.loop.sampler import BalancedSampler, share_batches
 from train.loop.sequence_slice import make_group
@@ -47,6 +47,7 @@ from train.system_gain.variants import VariantRows
 class JanusTrainer(EvaluatingTrainer):
     """SFTTrainer on sequences that are packed on the fly, in an order that balances the ranks."""
 
+    collator: type[CountingCollator] = CountingCollator
     data_collator: Any
     _signature_columns: list[str]  # transformers' own
     sampler: BalancedSampler | None = None
@@ -95,7 +96,8 @@ class JanusTrainer(EvaluatingTrainer):
         with without_zero3(arguments):
             shape = try_inspect_architecture(recipe, model.config)
             idle = find_idle_parameters(build_meta_model(model.config, recipe.model))
-        arguments.padding_free = recipe.data.packing or sharing > 1 or takes_borders(model)
+        joined = recipe.data.packing or recipe.preference is not None
+        arguments.padding_free = joined or sharing > 1 or takes_borders(model)
         check_adapter(recipe.adapter, model, idle)
         freeze(model, idle)
         with as_user_error("adapter" if recipe.adapter else "training"):
@@ -119,10 +121,10 @@ class JanusTrainer(EvaluatingTrainer):
         # Losses that TRL computes are transformers' means of batches: one without labels would have no mean.
         eval_batch = 1 if needs_logits(self) else arguments.eval_batch_size * self._groups
         self.eval_dataset = PaddedDataset(data.validation.dataset, eval_batch) if data.validation else None
-        self.data_collator = CountingCollator(self.data_collator, self.sequence_group)
+        self.data_collator = self.collator(self.data_collator, self.sequence_group)
         self._sources = SourceFigures(data.train.dataset, self.accelerator.device)
         self._evaluated_sources = SourceFigures((data.validation or data.train).dataset, self.accelerator.device)
-        self._throughput = Throughput(self.accelerator, shape, self._sources)
+        self._throughput = Throughput(self.accelerator, shape, self._sources, self.mean_metrics)
         self._guards = Guards(recipe.guards, self.accelerator, data.train.dataset.places, recipe.output_dir)
         self.remove_callback(PrinterCallback)
         if recipe.model.use_kernels:
@@ -251,17 +253,17 @@ class JanusTrainer(EvaluatingTrainer):
             outputs = score_labels(model, self._unwrap(), inputs)
             processes = self.accelerator.num_processes
             loss, token_losses = fused_loss(outputs, self.args, num_items_in_batch, processes, weights)
-        sums = LossSums.from_outputs(outputs, weights)
+        sums = sum_losses(outputs, weights)
         if self.model.training:
             self._count(batch, sums)
             self._guards.add(batch, token_losses, outputs.label_mask)
             self._sources.add(batch, token_losses, outputs.label_mask, weights)
         else:
-            self._evaluated = sums.plus(self._evaluated)
+            self._evaluated += sums
             self._evaluated_sources.add(batch, -outputs.log_probs, outputs.label_mask, weights)
         return loss
 
-    def _count(self, batch: BatchInfo, sums: LossSums | None) -> None:
+    def _count(self, batch: BatchInfo, sums: torch.Tensor | None) -> None:
         self._tokens_since_saved += int(batch.documents.sum()) if batch.is_counted_here else 0
         self._throughput.add(batch, sums)
 

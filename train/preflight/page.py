@@ -9,10 +9,11 @@ from rich.console import Console
 from rich.text import Text
 
 from train.data.diagnostics import describe_dropped, describe_unread
-from train.data.stats import Bin, format_percentiles
+from train.data.stats import format_percentiles
 from train.errors import UserError
 from train.formatting import format_count, shorten, visible, wrap
-from train.preflight.report import Example, Piece, Report, SplitReport
+from train.preflight.report import Example, PairSplitReport, Piece, PreferenceReport, Report, SplitReport
+from train.recipe import PreferenceSection
 from train.recipe.schedule import Cadence
 
 _NAME = 12
@@ -30,6 +31,10 @@ _POLICIES = {
     "error": "rows with a control token typed in their text are refused",
     "escape": "control tokens typed in a text are broken up by an invisible character (U+200B)",
     "allow": "control tokens typed in a text act as control tokens",
+}
+_PAIR_POLICIES = {
+    "assistant": "answers in which the halves of a pair differ are trained, with their end token; of siblings the last",
+    "last": "the last answer of each half is trained, with its end token",
 }
 
 
@@ -64,6 +69,8 @@ def page(report: Report, control_tokens: Sequence[str], *, coloured: bool, width
         text.append(f"{name:<{_NAME}}", "bold").append(f"{value}\n", style)
 
     line("model", f"{report.model}, {report.dtype}" + (f", float8 {report.float8}" if report.float8 else ""))
+    if isinstance(report, PreferenceReport):
+        line("preference", PreferenceSection.model_validate(report.preference).describe())
     line("template", report.template)
     for sentence in report.probe:
         line("", sentence)
@@ -71,15 +78,18 @@ def page(report: Report, control_tokens: Sequence[str], *, coloured: bool, width
     for sentence in report.system_messages:
         line("", sentence)
     for name, key in (("trained", "train_on"), ("control", "control_tokens_in_text")):
-        line(name, f"chat.{key}: {report.chat[key]}, {_POLICIES[report.chat[key]]}")
+        effect = _POLICIES[report.chat[key]]
+        if isinstance(report, PreferenceReport):
+            effect = _PAIR_POLICIES.get(report.chat[key], effect)
+        line(name, f"chat.{key}: {report.chat[key]}, {effect}")
     for number, cache in enumerate(report.caches):
         state = "found" if cache.hit else "made now"
         line("" if number else "cache", f"{cache.source}: {cache.key[:8]}..., {state}; tokens by {cache.how}")
     text.append("\n")
-    _show_examples(text, report.examples, control_tokens, coloured=coloured, width=width)
+    _show_examples(text, report.examples, control_tokens, report.training.unit, coloured=coloured, width=width)
     for name, part in (("training", report.training), ("validation", report.validation)):
         if part:
-            bars = _bars(part.histogram, width - _NAME) if name == "training" else []
+            bars = _bars(part, width - _NAME) if name == "training" else []
             shown = [*_describe_part(part), *bars]
             for number, value in enumerate(shown):
                 line("" if number else name, value)
@@ -88,7 +98,7 @@ def page(report: Report, control_tokens: Sequence[str], *, coloured: bool, width
     for number, dropped in enumerate(report.outcomes):
         line("" if number else "dropped", describe_dropped(dropped), "yellow")
     if not report.outcomes:
-        line("dropped", "no row was refused, skipped, dropped or truncated")
+        line("dropped", f"no {report.training.unit} was refused, skipped, dropped or truncated")
     for number, value in enumerate(describe_unread(report.unread) or ["nothing: every column and key is read"]):
         line("" if number else "not read", value)
     for warning in report.warnings:
@@ -96,7 +106,8 @@ def page(report: Report, control_tokens: Sequence[str], *, coloured: bool, width
     if not any(part and part.duplicates.rows for part in (report.training, report.validation)):
         line("duplicates", "none")
     if report.validation and not report.overlap.questions.rows:
-        line("overlap", "no validation row begins with a user message that is also in training")
+        begins = "begins with a user message" if report.training.unit == "row" else "has an instruction"
+        line("overlap", f"no validation {report.training.unit} {begins} that is also in training")
     if report.system_gain:
         line("system gain", report.system_gain)
     if report.samples:
@@ -122,14 +133,17 @@ def _describe_plan(report: Report) -> list[str]:
 
 
 def _show_examples(
-    text: Text, examples: list[Example], control_tokens: Sequence[str], *, coloured: bool, width: int
+    text: Text, examples: list[Example], control_tokens: Sequence[str], unit: str, *, coloured: bool, width: int
 ) -> None:
     longest_first = sorted({token for token in control_tokens if token}, key=len, reverse=True)
     control = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
     marks = None if coloured else marks_for(piece for example in examples for piece in example.pieces)
     if examples:
         how = "is green" if marks is None else f"stands between {marks[0]} and {marks[1]}"
-        about = f"{format_count(len(examples), 'example row')}; what is trained {how}"
+        count = format_count(len(examples), "example row")
+        if unit == "pair":
+            count = f"{format_count(len(examples) // 2, 'example pair')}, both halves of each"
+        about = f"{count}; what is trained {how}"
         if any(fit(piece, example, control) != piece.text for example in examples for piece in example.pieces):
             about += (
                 f". Long turns are shortened; a system message is shown completely up to {_SYSTEM_WHOLE:,} characters"
@@ -184,10 +198,12 @@ def _describe_part(part: SplitReport) -> list[str]:
     system = part.rows_with_system_message / max(part.rows, 1)
     default = part.rows_with_default_system
     lines = [
-        f"{format_count(part.rows, 'row')}, {format_count(part.tokens, 'token')}, {share:.1%} of them trained",
-        f"{system:.1%} of the rows have a system message of their own, {part.distinct_system_messages:,} distinct"
-        + (f"; {format_count(default, 'row')} with the default" if default else ""),
+        f"{format_count(part.rows, part.unit)}, {format_count(part.tokens, 'token')}, {share:.1%} of them trained",
+        f"{system:.1%} of the {part.unit}s have a system message of their own, {part.distinct_system_messages:,} "
+        f"distinct{f'; {format_count(default, part.unit)} with the default' if default else ''}",
     ]
+    if isinstance(part, PairSplitReport):
+        lines += _describe_pairs(part)
     if part.rows_of_conversations > part.conversations:
         lines.append(
             f"{format_count(part.conversations, 'conversation')} became "
@@ -196,20 +212,37 @@ def _describe_part(part: SplitReport) -> list[str]:
     if part.filling is not None:
         lines.append(
             f"packed into {format_count(part.sequences, 'sequence')}, {part.filling:.1%} full, "
-            f"{part.documents_per_sequence_mean:.1f} rows each on average (at most {part.documents_per_sequence_max:,})"
+            f"{part.documents_per_sequence_mean:.1f} {part.unit}s each on average "
+            f"(at most {part.documents_per_sequence_max:,})"
         )
     if len(set(part.lengths.values())) > 1:
-        lines.append(f"row length percentiles (tokens): {format_percentiles(part.lengths)}")
-        lines.append(f"longest row: {part.longest_place}")
+        what = "length percentiles of the longer half" if part.unit == "pair" else "row length percentiles"
+        lines.append(f"{what} (tokens): {format_percentiles(part.lengths)}")
+        lines.append(f"longest {part.unit}: {part.longest_place}")
         rows = sum(bar.rows for bar in part.histogram)
         if rows > part.rows:
-            lines.append(f"percentiles and histogram are of all {rows:,} rows, those that are dropped included")
+            lines.append(f"percentiles and histogram are of all {rows:,} {part.unit}s, those that are dropped included")
     return lines
 
 
-def _bars(bins: list[Bin], width: int) -> list[str]:
+def _describe_pairs(part: PairSplitReport) -> list[str]:
+    pairs, count = part.pairs, max(part.rows, 1)
+    lines = [
+        f"answers of {pairs.chosen_tokens / count:,.1f} tokens are chosen on average, of "
+        f"{pairs.rejected_tokens / count:,.1f} rejected; the chosen one is longer in {pairs.chosen_longer / count:.1%} "
+        f"of the pairs, shorter in {pairs.rejected_longer / count:.1%}"
+    ]
+    if pairs.siblings:
+        lines.append(
+            f"{format_count(pairs.siblings, 'pair')} of two rows with the same instruction: the answer under the own "
+            "system message is chosen, that under the other one rejected"
+        )
+    return lines
+
+
+def _bars(part: SplitReport, width: int) -> list[str]:
     """Return a histogram, one line for each bin with rows; nothing if one bin has all of them."""
-    bins = [bin for bin in bins if bin.rows]
+    bins = [bin for bin in part.histogram if bin.rows]
     if len(bins) < 2:
         return []
     largest = max(bin.rows for bin in bins)
@@ -217,7 +250,7 @@ def _bars(bins: list[Bin], width: int) -> list[str]:
     longest = max(map(len, labels))
     bar = max(min(_BAR, width - longest - len(f"   {largest:,}")), 10)
     return [
-        "histogram of row lengths (tokens):",
+        f"histogram of {'row lengths' if part.unit == 'row' else 'the longer half'} (tokens):",
         *(
             f"{label:>{longest}}  {'█' * -(-bin.rows * bar // largest)} {bin.rows:,}"
             for label, bin in zip(labels, bins, strict=True)

@@ -1,10 +1,11 @@
 """Data of the report of `--check`: the rows as they would be trained, dropped rows, the schedule and the plan."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -18,7 +19,8 @@ from train.data.diagnostics import (
     find_dropped_rows,
 )
 from train.data.loss_mask import NOT_TRAINED
-from train.data.prepared_data import CachedSource, ExampleRow, PreparedData, SplitStats, UnreadText
+from train.data.pair_dataset import PairDataset
+from train.data.prepared_data import CachedSource, ExampleRow, PairStats, PreparedData, SplitStats, UnreadText
 from train.data.stats import Bin, Overlap, Repeats, histogram, percentiles
 from train.model.tokenizer import ChatTokenizer
 from train.preflight.checks import find_run_errors
@@ -89,6 +91,21 @@ class SplitReport:
     documents_per_sequence_max: int
     duplicates: Repeats
 
+    unit: ClassVar[str] = "row"
+    """The word for what is counted as a row."""
+
+
+@dataclass(frozen=True)
+class PairSplitReport(SplitReport):
+    """Statistics of training or validation pairs, in preference training.
+
+    Counts of rows are of pairs, tokens those of both halves, lengths those of the longer half.
+    """
+
+    pairs: PairStats
+
+    unit: ClassVar[str] = "pair"
+
 
 @dataclass(frozen=True)
 class Report:
@@ -140,6 +157,13 @@ class Report:
     examples: list[Example]
 
 
+@dataclass(frozen=True)
+class PreferenceReport(Report):
+    """Results of `--check` on a recipe of preference training. `preference`: that section."""
+
+    preference: dict[str, Any]
+
+
 def build_report(
     recipe: Recipe,
     chat: ChatTokenizer,
@@ -176,7 +200,10 @@ def build_report(
     ]
     effect = describe_effect(tokenizer, chat.probe, recipe.chat.default_system)
     has_default = effect.default is not None
-    return Report(
+    kind: Callable[..., Report] = Report
+    if recipe.preference:
+        kind = partial(PreferenceReport, preference=recipe.preference.model_dump(mode="json"))
+    return kind(
         ready=not any(all_errors),
         error=" ".join(error for error in all_errors if error) or None,
         warnings=[
@@ -207,7 +234,7 @@ def build_report(
         output_dir=recipe.output_dir,
         resumes_from=str(checkpoint) if checkpoint else None,
         finished=finished,
-        plan=_plan(recipe, stats, steps, cluster) if cluster else None,
+        plan=_plan(recipe, data, steps, cluster) if cluster else None,
         examples=[_example(tokenizer, row, has_default) for row in stats.examples],
     )
 
@@ -245,15 +272,19 @@ def _float8_warnings(recipe: Recipe) -> list[str]:
     return float8_warnings(recipe)
 
 
-def _plan(recipe: Recipe, stats: SplitStats, steps: Schedule, cluster: "Cluster") -> "RunPlan":
+def _plan(recipe: Recipe, data: PreparedData, steps: Schedule, cluster: "Cluster") -> "RunPlan":
     from train.model.load import load_config
     from train.preflight.plan.candidates import Candidates
     from train.preflight.plan.plan import plan_run
 
+    stats, dataset = data.train.stats, data.train.dataset
     lengths = np.minimum(stats.lengths, recipe.data.max_length)
     if recipe.data.overlong != "truncate":
         lengths = stats.lengths[stats.lengths <= recipe.data.max_length]
-    longest = recipe.data.max_length if recipe.data.packing else int(lengths.max(initial=1))
+    longest = stats.capacity if recipe.data.packing else int(lengths.max(initial=1))
+    if isinstance(dataset, PairDataset):  # a document is a half
+        lengths = dataset.half_lengths.ravel()
+        longest = stats.capacity if recipe.data.packing else int(dataset.lengths.max(initial=1))
     return plan_run(
         Candidates(recipe, load_config(recipe.model), longest),
         cluster,
@@ -266,7 +297,8 @@ def _plan(recipe: Recipe, stats: SplitStats, steps: Schedule, cluster: "Cluster"
 
 def _part(stats: SplitStats, recipe: Recipe, has_default: bool) -> SplitReport:
     documents = stats.documents_per_sequence
-    return SplitReport(
+    kind: Callable[..., SplitReport] = partial(PairSplitReport, pairs=stats.pairs) if stats.pairs else SplitReport
+    return kind(
         conversations=stats.conversations,
         rows_of_conversations=len(stats.lengths),
         rows=stats.rows,
@@ -281,7 +313,7 @@ def _part(stats: SplitStats, recipe: Recipe, has_default: bool) -> SplitReport:
         longest_tokens=stats.longest,
         longest_place=stats.longest_place,
         sequences=stats.sequences,
-        filling=stats.tokens_per_sequence / recipe.data.max_length if recipe.data.packing else None,
+        filling=stats.tokens_per_sequence / stats.capacity if recipe.data.packing else None,
         documents_per_sequence_mean=float(documents.mean()) if len(documents) else 0.0,
         documents_per_sequence_max=int(documents.max(initial=0)),
         duplicates=stats.duplicates,

@@ -74,6 +74,7 @@ def start_screen(
         ("attention", str(select_attention(recipe, model.config))),
         ("training", f"{kind}: {trained:,} of {total:,} parameters ({trained / total:.2%})"),
         *(_describe_float8(recipe, data, model, arguments) if recipe.model.float8 else []),
+        *([("preference", recipe.preference.describe())] if recipe.preference else []),
         ("template", template),
         *_describe("data", data.train.stats, recipe),
         *(_describe("validation", data.validation.stats, recipe) if data.validation else []),
@@ -124,15 +125,16 @@ def _describe(name: str, stats: SplitStats, recipe: Recipe) -> list[tuple[str, s
     lines = [
         (
             name,
-            f"{format_count(stats.rows, 'row')}, {format_count(stats.tokens, 'token')}, {share:.1%} of them trained",
+            f"{format_count(stats.rows, stats.unit)}, {format_count(stats.tokens, 'token')}, {share:.1%} of them "
+            "trained",
         )
     ]
     if recipe.data.packing:
-        filling = stats.tokens / max(stats.sequences * recipe.data.max_length, 1)
+        filling = stats.tokens / max(stats.sequences * stats.capacity, 1)
         sequences = format_count(stats.sequences, "sequence")
-        lines.append(("", f"packed into {sequences} of {recipe.data.max_length:,}, {filling:.1%} full"))
+        lines.append(("", f"packed into {sequences} of {stats.capacity:,}, {filling:.1%} full"))
     if stats.overlong_tokens:
-        where = "in dropped rows" if recipe.data.overlong == "drop" else "truncated from rows"
+        where = f"in dropped {stats.unit}s" if recipe.data.overlong == "drop" else f"truncated from {stats.unit}s"
         tokens = format_count(stats.overlong_tokens, "token")
         lines.append(("", f"{tokens} {where} over {recipe.data.max_length:,} tokens"))
     return lines

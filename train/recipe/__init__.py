@@ -1,5 +1,6 @@
 """Recipe: the YAML file that describes a training run, its schema and its validation."""
 
+from train.recipe.preference import PreferenceSection
 from train.recipe.schema import (
     TIME,
     AdapterSection,
@@ -14,15 +15,13 @@ from train.recipe.schema import (
     Recipe,
     SaveSection,
     Section,
-    Source,
-    Sources,
     SystemGainSection,
     Text,
     TrackingSection,
-    TrainingSource,
     WandbSection,
     load_recipe,
 )
+from train.recipe.sources import Source, Sources, TrainingSource
 
 __all__ = [
     "TIME",
@@ -34,6 +33,7 @@ __all__ = [
     "GuardsSection",
     "ModelSection",
     "PathText",
+    "PreferenceSection",
     "QuantizationSection",
     "Recipe",
     "SaveSection",

@@ -10,6 +10,7 @@ from pydantic import ValidationError
 from train.formatting import format_count
 from train.recipe.lr_schedules import FOLLOWS_EVALUATION
 from train.recipe.measurements import GAIN_METRICS, SAMPLE_METRICS, TurnsSamples, is_gain_metric, measured_by
+from train.recipe.preference import PREFERENCE_METRICS, check_preference
 from train.recipe.sft_config import CONFIG_FILES, TOKEN_LOSSES, with_defaults
 from train.recipe.yaml_document import Document, closest_match, describe_value, did_you_mean, suggest_files
 
@@ -27,8 +28,13 @@ class Conflict(NamedTuple):
     message: str
 
 
-def training_conflicts(training: Mapping[str, Any], *, has_validation: bool) -> Iterator[Conflict]:
-    """Yield the conflicts inside `training` that are certain. Values of the wrong type are not reported here."""
+def training_conflicts(
+    training: Mapping[str, Any], *, has_validation: bool, on_pairs: bool = False
+) -> Iterator[Conflict]:
+    """Yield the conflicts inside `training` that are certain. Values of the wrong type are not reported here.
+
+    `on_pairs`: it is preference training.
+    """
     evaluates = training.get("eval_strategy") in ("steps", "epoch")
     for first, second in ("bf16", "fp16"), ("bf16_full_eval", "fp16_full_eval"):
         if training.get(first) is True and training.get(second) is True:
@@ -51,8 +57,9 @@ def training_conflicts(training: Mapping[str, Any], *, has_validation: bool) -> 
     if training.get("liger_kernel_config") and not training.get("use_liger_kernel"):
         yield Conflict("liger_kernel_config", "has no effect without `training.use_liger_kernel: true`. Add it.")
     metric = training.get("metric_for_best_model")
-    if isinstance(metric, str) and metric.removeprefix("eval_") not in _METRICS:
-        allowed = ", ".join(f"eval_{name}" for name in _METRICS)
+    metrics = (*_METRICS, *(PREFERENCE_METRICS if on_pairs else ()))
+    if isinstance(metric, str) and metric.removeprefix("eval_") not in metrics:
+        allowed = ", ".join(f"eval_{name}" for name in metrics)
         yield Conflict("metric_for_best_model", f"found {metric!r}. Allowed: {allowed}.")
     yield from _wrong_direction(training)
     config = training.get("accelerator_config")
@@ -85,7 +92,8 @@ def _wrong_direction(training: Mapping[str, Any]) -> Iterator[Conflict]:
     metric = training.get("metric_for_best_model", "loss" if training.get("load_best_model_at_end") is True else None)
     if not isinstance(greater, bool) or not isinstance(metric, str):
         return
-    should_be = is_gain_metric(metric) or bool(measured_by(metric)) or metric.endswith("mean_token_accuracy")
+    should_be = metric.removeprefix("eval_") in (*PREFERENCE_METRICS, "mean_token_accuracy")
+    should_be = should_be or is_gain_metric(metric) or bool(measured_by(metric))
     if greater != should_be and (should_be or metric.endswith("loss")):
         better, selected = ("greater", "smallest") if should_be else ("smaller", "greatest")
         yield Conflict(
@@ -154,6 +162,7 @@ def check_sections(document: Document) -> None:
     if document.section("model").get("use_kernels") is True:
         _check_use_kernels(document)
     _check_evaluation(document)
+    check_preference(document)
     targets = document.section("adapter").get("target_modules")
     for index, name in enumerate(targets if isinstance(targets, list) else ()):
         if isinstance(name, str) and name.split(".")[-1] == "lm_head":

@@ -15,8 +15,10 @@ import yaml
 from pydantic import Discriminator, Field, PrivateAttr, Tag, model_serializer
 
 from train.recipe.measurements import EvaluationSection, SystemGainSection
+from train.recipe.preference import PreferenceSection
 from train.recipe.section import PathText, Section, Text
 from train.recipe.sft_config import training_fields
+from train.recipe.sources import TrainingSources
 from train.recipe.validation import validate_recipe
 from train.recipe.yaml_document import Document, RecipeDumper
 
@@ -114,53 +116,6 @@ class ChatSection(Section):
     row is refused; escape = an invisible character splits them; allow = they act as control tokens."""
     train_on: Literal["assistant", "last"] = "assistant"
     """Trained turns: all assistant turns, or the last one of each conversation; always with their end token."""
-
-
-class Source(Section):
-    """A source of rows."""
-
-    path: PathText
-    """Id of a data set on the hub, a file, a folder or a glob."""
-    name: Text | None = None
-    """Configuration of a data set on the hub, where it has several."""
-    split: Text = "train"
-    """Split of a data set, where it has several."""
-    revision: Text | None = None
-    """Branch, tag or commit on the hub; null = its main branch."""
-    weight: float = Field(default=1.0, gt=0)
-    """Repetitions of the rows per epoch: 1.0 = once, 0.5 = a random half of the rows (by `seed`), 2.0 = twice."""
-    format: Literal[
-        "auto", "messages", "sharegpt", "alpaca", "janus", "prompt_completion", "question_answer", "exchanges"
-    ] = "auto"
-    """Format of the rows; auto = detected from the columns."""
-    ignore: Annotated[tuple[Text, ...], Field(strict=False)] = ()
-    """Columns (`rationale`) and keys of messages (`messages[].note`) to ignore. Without it, content that nothing reads
-    is an error."""
-
-
-Sources = Annotated[tuple[Source, ...], Field(strict=False, min_length=1)]
-
-
-class TrainingSource(Source):
-    """A source of training or validation rows."""
-
-    loss_weight: float = Field(default=1.0, ge=0.000_001, le=1_000_000)
-    """Factor of the losses of the source's trained tokens, times the `loss_weight` of a row and of a message where they
-    have one. The loss is the weighted mean over the tokens of a step; rows are seen as often as before."""
-    min_gain: Annotated[PathText, Field(examples=["outputs/base/gain_rows.jsonl"])] | None = None
-    """File gain_rows.jsonl that `scripts/evaluate.py gain` wrote of these rows: those with a gain of 0 or less, whose
-    answer is no likelier under its own system message than under others, are left out. Rows that the file does not
-    have stay. null = all rows stay."""
-
-    @model_serializer(mode="wrap")
-    def _leave_out_defaults(self, serialize: Callable[["TrainingSource"], dict[str, Any]]) -> dict[str, Any]:
-        """Return the fields, these two only if they are set: records of runs from before they were there stay equal."""
-        defaults = {"loss_weight": 1.0, "min_gain": None}
-        values = serialize(self)
-        return {name: value for name, value in values.items() if name not in defaults or value != defaults[name]}
-
-
-TrainingSources = Annotated[tuple[TrainingSource, ...], Field(strict=False, min_length=1)]
 
 
 class DataSection(Section):
@@ -324,6 +279,8 @@ class Recipe(Section):
     """LoRA; null = full fine-tuning."""
     quantization: QuantizationSection | None = None
     """4-bit quantization of the frozen weights under an adapter (QLoRA); null = none."""
+    preference: PreferenceSection | None = None
+    """Preference training on pairs, with train/preference.py; null = supervised fine-tuning, with train/sft.py."""
     training: dict[str, Any] = Field(default_factory=dict)
     """Any field of TRL's SFTConfig under its own name, except those that other sections own."""
     tracking: TrackingSection = TrackingSection()
@@ -344,6 +301,17 @@ class Recipe(Section):
     """Seed of the row order, of sampling and of new weights."""
 
     _origin: _Origin = PrivateAttr(default_factory=_Origin)
+
+    @model_serializer(mode="wrap")
+    def _leave_out_preference(self, serialize: Callable[["Recipe"], dict[str, Any]]) -> dict[str, Any]:
+        """Return the sections; `preference` only if it is set: records of runs from before it was there stay equal."""
+        sections = serialize(self)
+        return {name: value for name, value in sections.items() if name != "preference" or value is not None}
+
+    @property
+    def command(self) -> str:
+        """Return the command that trains this recipe."""
+        return "train/sft.py" if self.preference is None else "train/preference.py"
 
     def to_yaml(self) -> str:
         """Return the resolved recipe as YAML, which loads as an equal recipe.

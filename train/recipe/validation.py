@@ -37,7 +37,8 @@ def validate_recipe(document: Document, root: type[Root]) -> Root:
         for key, message in optimizer_arguments.optimizer_conflicts(with_defaults(training)):
             document.add_error(("training", key), message)
     has_validation = document.section("data").get("validation") is not None
-    for conflict in training_conflicts(training, has_validation=has_validation):
+    on_pairs = document.tree.get("preference") is not None
+    for conflict in training_conflicts(training, has_validation=has_validation, on_pairs=on_pairs):
         document.add_error(("training", conflict.key), conflict.message)
     check_sections(document)
     check_files(document)

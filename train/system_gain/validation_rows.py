@@ -57,7 +57,9 @@ def load_gain_rows(recipe: Recipe, data: PreparedData, tokenizer: PreTrainedToke
         variants = VariantRows([])
         section = recipe.data
         sources = section.validation if isinstance(section.validation, tuple) else section.sources
-        rows = read_labelled_conversations(sources, places=frozenset(places), allow_pickle=section.allow_pickle)
+        rows = read_labelled_conversations(
+            sources, places=frozenset(places), allow_pickle=section.allow_pickle, in_pairs=bool(recipe.preference)
+        )
         selected = select_rows(rows, variants, others=settings.others, limit=settings.rows, seed=recipe.seed)
         texts = json.dumps([_to_json(row) for row in selected], ensure_ascii=False)
         (folder / _FILE).write_text(texts, encoding="utf-8")

@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 
 from train.data.loss_mask import EncodedRow
-from train.data.sources.formats import Conversation, Message, RawRow, RowError, read_row
+from train.data.sources.formats import Conversation, Message, RawRow, RowError, detect, read_row
+from train.data.sources.pairs import PREFERENCE, detect_with_pairs, read_pair
 from train.data.sources.source import chunks_and_format, open_source
 from train.data.tokens.workers import RowTokenizer
 from train.recipe import Source
@@ -110,11 +111,13 @@ def read_labelled_conversations(
     *,
     places: Container[str] | None = None,
     allow_pickle: bool = False,
+    in_pairs: bool = False,
 ) -> list[LabelledConversation | tuple[str, RowError]]:
     """Read every row of `sources` with its labels; a bad row gives its place and error.
 
     - `columns`: further columns whose text is a label. With several sources each is a label too;
-    - `places`: read only the rows at these places.
+    - `places`: read only the rows at these places;
+    - `in_pairs`: rows may be pairs, of which the chosen half is read.
 
     Raises UserError if a source can't be read.
     """
@@ -123,7 +126,7 @@ def read_labelled_conversations(
     for source in sources:
         opened = open_source(source, allow_pickle)
         source_label: tuple[Label, ...] = ((SOURCE_LABEL, source.path),) if len(sources) > 1 else ()
-        chunks, format = chunks_and_format(source, opened)
+        chunks, format = chunks_and_format(source, opened, detect_format=detect_with_pairs if in_pairs else detect)
         for number, chunk in chunks:
             for place_in_file, row in chunk.rows():
                 place = opened.files[number] + place_in_file
@@ -132,7 +135,10 @@ def read_labelled_conversations(
                 try:
                     if isinstance(row, RowError):
                         raise row
-                    conversation = read_row(row, format, place, ignore=source.ignore)
+                    if format == PREFERENCE:
+                        conversation = read_pair(row, place, ignore=source.ignore).chosen
+                    else:
+                        conversation = read_row(row, format, place, ignore=source.ignore)
                     rows.append(LabelledConversation(conversation, source_label + read_labels(row, columns)))
                 except RowError as error:
                     rows.append((place, error))

@@ -15,7 +15,8 @@ All formats also read a system message (`SYSTEM_COLUMNS`), which becomes the fir
 `chat_template_kwargs`, which are variables of the template, as in TRL. janus, alpaca and question_answer also read
 `history`, pairs of question and answer. `input` and `context` (Dolly) follow the question in the user turn, on a new
 line. A list of turns or tools may be a JSON string, as in CSV. Two columns of the same meaning that differ are a row
-error. Other columns, and other keys of messages (`train.data.sources.turns`), are collected in `unread`.
+error. Other columns, and other keys of messages (`train.data.sources.turns`), are collected in `unread`. Pairs of
+answers are read by `train.data.sources.pairs`.
 
 A message keeps role, content, tool_calls, name, tool_call_id, reasoning_content, train and loss_weight. Text is never
 trimmed or changed. An empty or blank system message is left out; any other stays at its position, or the row is an
@@ -27,46 +28,49 @@ from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from train.data.sources.columns import (
+    CONTEXTS,
+    SYSTEM_COLUMNS,
+    TOOL_COLUMNS,
+    choose_column,
+    is_list_of_turns,
+    read_history,
+    read_variables,
+    require,
+    require_text,
+    tools_of,
+    with_context,
+    with_system_column,
+)
+from train.data.sources.columns import TEMPLATE_KWARGS as TEMPLATE_KWARGS
+from train.data.sources.columns import RawRow as RawRow
 from train.data.sources.loss_weights import LOSS_WEIGHT, apply_row_weight, weight_of
 from train.data.sources.row_errors import ROW_ERROR_KINDS as ROW_ERROR_KINDS
 from train.data.sources.row_errors import RowError as RowError
-from train.data.sources.row_errors import check_text, first_filled, parse_json, preview
+from train.data.sources.row_errors import parse_json, preview
 from train.data.sources.turns import ROLES as ROLES
-from train.data.sources.turns import TURN_KEYS, new_message, read_tools, read_turns
+from train.data.sources.turns import TURN_KEYS, new_message, read_turns
 from train.data.sources.turns import Message as Message
 from train.data.sources.unread_text import Unread, collect
 from train.errors import UserError
 
-RawRow = dict[str, Any]
-
-SYSTEM_COLUMNS = ("system", "system_prompt", "system_message", "system_instruction", "system_content")
-TOOL_COLUMNS = ("tools", "functions", "available_tools")
-TEMPLATE_KWARGS = "chat_template_kwargs"
 _JANUS_PROMPTS = ("prompt", "user_prompt", "instruction")
 _QUESTIONS = ("question", "query", "instruction")
 _ANSWERS = ("answer", "response")
-_CONTEXTS = ("input", "context")
-_BESIDE = frozenset((*SYSTEM_COLUMNS, *TOOL_COLUMNS, TEMPLATE_KWARGS, LOSS_WEIGHT))
+BESIDE = frozenset((*SYSTEM_COLUMNS, *TOOL_COLUMNS, TEMPLATE_KWARGS, LOSS_WEIGHT))
+"""Columns that all formats read."""
 _READ = {
-    "messages": _BESIDE | {"messages"},
-    "sharegpt": _BESIDE | {"conversations"},
-    "prompt_completion": _BESIDE | {"prompt", "completion"},
-    "janus": _BESIDE.union(_JANUS_PROMPTS, _CONTEXTS, {"output", "history"}),
-    "alpaca": _BESIDE.union(_CONTEXTS, {"instruction", "output", "history"}),
-    "question_answer": _BESIDE.union(_QUESTIONS, _ANSWERS, _CONTEXTS, {"history"}),
-    "exchanges": _BESIDE | {"conversation"},
+    "messages": BESIDE | {"messages"},
+    "sharegpt": BESIDE | {"conversations"},
+    "prompt_completion": BESIDE | {"prompt", "completion"},
+    "janus": BESIDE.union(_JANUS_PROMPTS, CONTEXTS, {"output", "history"}),
+    "alpaca": BESIDE.union(CONTEXTS, {"instruction", "output", "history"}),
+    "question_answer": BESIDE.union(_QUESTIONS, _ANSWERS, CONTEXTS, {"history"}),
+    "exchanges": BESIDE | {"conversation"},
 }
 """Format -> the columns that it reads; any other is collected in `unread`."""
-_TOOLS_OR_KWARGS = frozenset((*TOOL_COLUMNS, TEMPLATE_KWARGS))
 _COLUMNS = frozenset().union(*_READ.values())
 _TURN_COLUMNS = ("messages", "conversations", "prompt", "completion")
-_RESERVED = frozenset(
-    (
-        *("add_generation_prompt", "chat_template", "continue_final_message", "conversations", "messages"),
-        *("return_assistant_tokens_mask", "tokenize"),
-    )
-)
-"""Variables of rendering that a row may not set."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +104,7 @@ def detect(columns: Iterable[str]) -> str:
     if {"prompt", "completion"} <= names.keys():
         return "prompt_completion"
     if "output" in names:
-        older = any(column in names for column in SYSTEM_COLUMNS) and not {*_CONTEXTS, "history"} & names.keys()
+        older = any(column in names for column in SYSTEM_COLUMNS) and not {*CONTEXTS, "history"} & names.keys()
         if {"instruction", "input"} <= names.keys():  # Code Alpaca has the rendered prompt beside them
             return "alpaca"
         if "prompt" in names or "user_prompt" in names or ("instruction" in names and older):
@@ -112,11 +116,14 @@ def detect(columns: Iterable[str]) -> str:
     if "conversation" in names:
         return "exchanges"
     shown = ", ".join(f"`{column}`" for column in names) or "none"
+    remedy = "Rename the columns."
+    if {"chosen", "rejected"} <= names.keys():
+        remedy = "Pairs of a chosen and a rejected answer need the section `preference`, such as {loss: dpo}."
     raise UserError(
         f"no known format has these columns: {shown}. The formats are: messages (`messages`), sharegpt "
         "(`conversations`), prompt_completion (`prompt`, `completion`), janus (`system`, `prompt`, `output`), alpaca "
         "(`instruction`, `input`, `output`), question_answer (`question`, `answer`), exchanges (`conversation`). "
-        "Rename the columns."
+        f"{remedy}"
     )
 
 
@@ -138,8 +145,7 @@ def read_row(
     unread = {} if unread is None else unread
     row = without(row, ignore, unread)
     messages, tools = convert(row, format, answers_needed=answers_needed, unread=unread)
-    kwargs = {key: value for key, value in (_template_kwargs(row) or {}).items() if key != "tools"}
-    return Conversation(messages, tools, place, kwargs or None)
+    return Conversation(messages, tools, place, read_variables(row))
 
 
 def convert(
@@ -151,10 +157,22 @@ def convert(
     - `unread`: receives the values that were not read.
     """
     unread = {} if unread is None else unread
-    messages = _with_system_column(row, _READERS[format](row, unread))
-    for column in row.keys() - _READ[format]:
+    return complete(row, _READERS[format](row, unread), _READ[format], unread, answers_needed=answers_needed)
+
+
+def complete(
+    row: RawRow, messages: list[Message], columns: Collection[str], unread: Unread, *, answers_needed: bool = True
+) -> tuple[list[Message], list[dict[str, Any]] | None]:
+    """Return the messages and tools of a row, whose other messages are given; check them. Raises RowError.
+
+    - `messages`: those that were read from columns of their own.
+    - `columns`: the columns that are read; the values of the others are collected in `unread`.
+    - `answers_needed`: see `convert`.
+    """
+    messages = with_system_column(row, messages)
+    for column in row.keys() - columns:
         collect(unread, str(column), row[column])  # a pickled data frame may have numbers for names
-    tools = _tools(row)
+    tools = tools_of(row)
     kept: list[Message] = []
     for number, message in enumerate(messages, 1):
         if not message["content"].strip() and not message.get("tool_calls"):
@@ -209,7 +227,7 @@ def without(row: RawRow, ignore: Collection[str], unread: Unread) -> RawRow:
 
 def _from_turns(column: str) -> Callable[[RawRow, Unread], list[Message]]:
     def read(row: RawRow, unread: Unread) -> list[Message]:
-        return read_turns(_require(row, column), column, unread)
+        return read_turns(require(row, column), column, unread)
 
     return read
 
@@ -217,11 +235,11 @@ def _from_turns(column: str) -> Callable[[RawRow, Unread], list[Message]]:
 def _from_prompt_and_completion(row: RawRow, unread: Unread) -> list[Message]:
     parts = []
     for column, role in (("prompt", "user"), ("completion", "assistant")):
-        value = _require(row, column)
+        value = require(row, column)
         parts.append(
             read_turns(value, column, unread)
             if is_list_of_turns(value)
-            else [new_message(role, _require_text(row, column))]
+            else [new_message(role, require_text(row, column))]
         )
     before, after = parts
     for turn in before:
@@ -231,9 +249,9 @@ def _from_prompt_and_completion(row: RawRow, unread: Unread) -> list[Message]:
 
 
 def _from_janus(row: RawRow, unread: Unread) -> list[Message]:
-    question = _choose_column(row, _JANUS_PROMPTS)
-    for column in _CONTEXTS:
-        if row.get(column) is not None and _require_text(row, column).strip():
+    question = choose_column(row, _JANUS_PROMPTS)
+    for column in CONTEXTS:
+        if row.get(column) is not None and require_text(row, column).strip():
             remedy = (
                 "write `format: alpaca`, which reads it after `instruction`, or take the column out"
                 if question == "instruction"
@@ -242,54 +260,28 @@ def _from_janus(row: RawRow, unread: Unread) -> list[Message]:
             )
             raise RowError("input not read", f"`{column}` is {preview(row[column])}: {remedy}")
     return [
-        *_history(row),
-        new_message("user", _require_text(row, question)),
-        new_message("assistant", _require_text(row, "output")),
+        *read_history(row),
+        new_message("user", require_text(row, question)),
+        new_message("assistant", require_text(row, "output")),
     ]
 
 
 def _from_alpaca(row: RawRow, unread: Unread) -> list[Message]:
-    question = _with_context(row, _require_text(row, "instruction"))
-    return [*_history(row), new_message("user", question), new_message("assistant", _require_text(row, "output"))]
+    question = with_context(row, require_text(row, "instruction"))
+    return [*read_history(row), new_message("user", question), new_message("assistant", require_text(row, "output"))]
 
 
 def _from_question_and_answer(row: RawRow, unread: Unread) -> list[Message]:
-    question = _with_context(row, _require_text(row, _choose_column(row, _QUESTIONS)))
+    question = with_context(row, require_text(row, choose_column(row, _QUESTIONS)))
     return [
-        *_history(row),
+        *read_history(row),
         new_message("user", question),
-        new_message("assistant", _require_text(row, _choose_column(row, _ANSWERS))),
+        new_message("assistant", require_text(row, choose_column(row, _ANSWERS))),
     ]
 
 
-def _with_context(row: RawRow, question: str) -> str:
-    """Return the question and, on the next line, its context."""
-    column = first_filled(row, _CONTEXTS)
-    if column is None:
-        return question
-    return f"{question}\n{_require_text(row, column)}" if question.strip() else _require_text(row, column)
-
-
-def _history(row: RawRow) -> list[Message]:
-    """Return the turns of `history`, a list of pairs."""
-    history = row.get("history") or []
-    messages: list[Message] = []
-    if isinstance(history, str):
-        history = parse_json(history, "`history`")
-    if not isinstance(history, list):
-        raise RowError(
-            "wrong type", f"`history` is {preview(history)}; it must be a list of pairs of question and answer"
-        )
-    for number, pair in enumerate(history, 1):
-        texts = ["" if text is None else text for text in pair] if isinstance(pair, list | tuple) else []
-        if len(texts) != 2 or not all(isinstance(text, str) for text in texts):
-            raise RowError("wrong type", f"`history` item {number} is {preview(pair)}; it must be [question, answer]")
-        messages += [new_message(role, text) for role, text in zip(("user", "assistant"), texts, strict=True)]
-    return messages
-
-
 def _from_exchanges(row: RawRow, unread: Unread) -> list[Message]:
-    exchanges = _require(row, "conversation")
+    exchanges = require(row, "conversation")
     if isinstance(exchanges, str):
         exchanges = parse_json(exchanges, "`conversation`")
     if isinstance(exchanges, list | tuple) and exchanges and all(map(_is_turn, exchanges)):
@@ -299,8 +291,8 @@ def _from_exchanges(row: RawRow, unread: Unread) -> list[Message]:
         if not isinstance(exchange, dict):
             expected = "it must be a list of objects with input and output"
             raise RowError("wrong type", f"`conversation` holds {preview(exchange)}; {expected}")
-        answer = "" if "output" in exchange and exchange["output"] is None else _require_text(exchange, "output")
-        messages += [new_message("user", _require_text(exchange, "input")), new_message("assistant", answer)]
+        answer = "" if "output" in exchange and exchange["output"] is None else require_text(exchange, "output")
+        messages += [new_message("user", require_text(exchange, "input")), new_message("assistant", answer)]
         for key in exchange.keys() - {"input", "output"}:
             collect(unread, f"conversation[].{key}", exchange[key])
     return messages
@@ -319,77 +311,3 @@ _READERS: dict[str, Callable[[RawRow, Unread], list[Message]]] = {
     "question_answer": _from_question_and_answer,
     "exchanges": _from_exchanges,
 }
-
-
-def _with_system_column(row: RawRow, messages: list[Message]) -> list[Message]:
-    columns = [
-        column for column in SYSTEM_COLUMNS if row.get(column) is not None and _require_text(row, column).strip()
-    ]
-    if not columns:
-        return messages
-    system: str = row[columns[0]]
-    turns = [message["content"] for message in messages if message["role"] == "system" and message["content"].strip()]
-    for other in [*(row[column] for column in columns[1:]), *turns[:1]]:
-        if other.strip() != system.strip():
-            raise RowError(
-                "conflicting system messages", f"`{columns[0]}` is {preview(system)}, another is {preview(other)}"
-            )
-    return messages if turns else [new_message("system", system), *messages]
-
-
-def _tools(row: RawRow) -> list[dict[str, Any]] | None:
-    if row.keys().isdisjoint(_TOOLS_OR_KWARGS):
-        return None
-    given = {column: tools for column in TOOL_COLUMNS if (tools := read_tools(row.get(column), column))}
-    name = f"{TEMPLATE_KWARGS}.tools"
-    if tools := read_tools((_template_kwargs(row) or {}).get("tools"), name):
-        given[name] = tools
-    column = first_filled(given, tuple(given)) if given else None
-    return given[column] if column else None
-
-
-def _template_kwargs(row: RawRow) -> dict[str, Any] | None:
-    """Return the variables that a row sets for the template, or None. Raises RowError."""
-    kwargs = row.get(TEMPLATE_KWARGS)
-    if isinstance(kwargs, str):
-        kwargs = parse_json(kwargs, f"`{TEMPLATE_KWARGS}`") if kwargs.strip() else None
-    if not kwargs:
-        return None
-    if not isinstance(kwargs, dict):
-        raise RowError("wrong type", f"`{TEMPLATE_KWARGS}` is {preview(kwargs)}; it must be an object")
-    reserved = _RESERVED.intersection(kwargs)
-    if reserved:
-        raise RowError("wrong type", f"`{TEMPLATE_KWARGS}` sets {min(reserved)}, which a row can't decide")
-    check_text(json.dumps(kwargs, ensure_ascii=False, default=str), f"`{TEMPLATE_KWARGS}`")
-    return kwargs
-
-
-def _choose_column(row: RawRow, columns: tuple[str, ...]) -> str:
-    """Return the first of these columns with a text, else the first that exists. Raises RowError if two differ."""
-    existing = [column for column in columns if column in row]
-    given = [column for column in existing if row[column] is not None]
-    return first_filled(row, columns) or (given or existing or list(columns))[0]
-
-
-def _require(row: RawRow, column: str) -> Any:
-    if column in row and row[column] is None:
-        raise RowError("empty content", f"`{column}` is null")
-    if column not in row:
-        names = ", ".join(f"`{name}`" for name in row) or "none"
-        raise RowError("missing column", f"no `{column}` among the columns {names}")
-    return row[column]
-
-
-def _require_text(row: RawRow, column: str) -> str:
-    return check_text(_require(row, column), f"`{column}`")
-
-
-def is_list_of_turns(value: Any) -> bool:
-    """Return whether a value is a list of turns or its JSON. A prompt of prose may begin with a bracket too."""
-    if isinstance(value, str) and value.lstrip().startswith("[{"):
-        try:
-            turns = json.loads(value)
-        except (ValueError, RecursionError):
-            return False
-        return isinstance(turns, list) and all(isinstance(turn, dict) and "role" in turn for turn in turns)
-    return isinstance(value, list | tuple)

@@ -22,6 +22,8 @@ ROW_ERROR_KINDS = {
     "conflicting values": "two columns or two keys of a message with the same meaning and different values",
     "conflicting system messages": "a system column that differs from the system turn",
     "no assistant turn": "nothing to train",
+    "identical answers": "a pair whose chosen and rejected answers are the same, so there is nothing to learn",
+    "different prompts": "a pair whose chosen and rejected conversations differ before their answers",
 }
 """Every kind of error that is found before a template is involved, and its meaning."""
 

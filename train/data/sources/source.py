@@ -169,11 +169,14 @@ def count_rows(source: Source, allow_pickle: bool = False) -> int:
 
 
 def chunks_and_format(
-    source: Source, opened: OpenSource, as_read: Callable[[RawRow], RawRow] = lambda row: row
+    source: Source,
+    opened: OpenSource,
+    as_read: Callable[[RawRow], RawRow] = lambda row: row,
+    detect_format: Callable[[Iterable[str]], str] = detect,
 ) -> tuple[Iterator[tuple[int, Chunk]], str]:
     """Return the chunks of a source and its format: the source's own, or that of the first row, mapped by `as_read`.
 
-    Raises UserError.
+    `detect_format`: columns -> their format. Raises UserError.
     """
     chunks = opened.chunks()
     if source.format != "auto":
@@ -185,7 +188,7 @@ def chunks_and_format(
             if isinstance(row, RowError):
                 continue
             try:
-                return chain(seen, chunks), detect(as_read(without(row, source.ignore, {})))
+                return chain(seen, chunks), detect_format(as_read(without(row, source.ignore, {})))
             except UserError as error:
                 raise UserError(f"{opened.files[file]}{place}: {error}") from error
     return iter(seen), "messages"  # no row can be read; their errors say why

@@ -17,9 +17,11 @@ from transformers import PreTrainedTokenizerBase
 from train.data.cache import Entry, cache_key, default_folder, get_or_build, report_progress
 from train.data.chat.template import date_of
 from train.data.fast_tokenizer import TokensDifferError
-from train.data.sources.formats import select_read_names
+from train.data.sources.formats import detect, select_read_names
 from train.data.sources.loss_weights import LOSS_WEIGHT
+from train.data.sources.pairs import PREFERENCE, detect_with_pairs
 from train.data.sources.source import OpenSource, chunks_and_format, open_source
+from train.data.tokens.preference import PreferenceTokenizer
 from train.data.tokens.table import RowIssues, TokensDigest, write_table
 from train.data.tokens.workers import RowTokenizer, tokenize
 from train.errors import UserError
@@ -77,6 +79,7 @@ def _fingerprint(
         "date": date_of(tokenizer),
         "policies": [chat.train_on, chat.control_tokens_in_text],
         "packages": [importlib.metadata.version(name) for name in ("transformers", "tokenizers", "jinja2")],
+        **({"preference": True} if recipe.preference else {}),
     }
 
 
@@ -102,9 +105,13 @@ def _write(
     chat = recipe.chat
     why_not_fast = ""
     for fast in (True, False):
-        rows = RowTokenizer(tokenizer, chat.train_on, chat.control_tokens_in_text, fast=fast, ignore=source.ignore)
+        chunks, format = chunks_and_format(
+            source, opened, detect_format=detect_with_pairs if recipe.preference else detect
+        )
+        kind = PreferenceTokenizer if recipe.preference else RowTokenizer
+        train_on = "last" if recipe.preference and format != PREFERENCE else chat.train_on
+        rows = kind(tokenizer, train_on, chat.control_tokens_in_text, fast=fast, ignore=source.ignore)
         try:
-            chunks, format = chunks_and_format(source, opened)
             counter = _BatchCounter(tokenize(rows, chunks, format, recipe.data.processes), folder, bar)
             write_table(folder / ROWS, counter)
         except TokensDifferError as error:

@@ -92,15 +92,25 @@ def _printable(text: str) -> str:
     return text if text.isascii() else text.encode("utf-8", "backslashreplace").decode()
 
 
-def make_batch(file: int, rows: Sequence[tuple[Conversation, Sequence[EncodedRow]]]) -> pyarrow.RecordBatch:
+def make_batch(
+    file: int,
+    rows: Sequence[tuple[Conversation, Sequence[EncodedRow]]],
+    *,
+    questions: Sequence[bytes] | None = None,
+    in_pairs: bool = False,
+) -> pyarrow.RecordBatch:
     """Return a record batch of `SCHEMA` with the rows of conversations of one file, and perhaps their loss weights.
 
-    `file`: its number.
+    - `file`: its number.
+    - `questions`: for each of `rows`, a digest in place of that of its first user message.
+    - `in_pairs`: each two of `rows` are one conversation of the table: a pair, the chosen one first.
     """
     items = [
-        (conversation, encoded, number == 0) for conversation, parts in rows for number, encoded in enumerate(parts)
+        (number, encoded, not (part or (in_pairs and number % 2)))
+        for number, (_, parts) in enumerate(rows)
+        for part, encoded in enumerate(parts)
     ]
-    digests = {id(conversation): _digests(conversation) for conversation, _ in rows}
+    digests = [_digests(conversation) for conversation, _ in rows]
     columns = {
         "input_ids": _lists([encoded.ids for _, encoded, _ in items]),
         "trained": _lists([encoded.trained.reshape(-1) for _, encoded, _ in items]),
@@ -111,10 +121,10 @@ def make_batch(file: int, rows: Sequence[tuple[Conversation, Sequence[EncodedRow
         ),
         "first_of_conversation": np.fromiter((first for _, _, first in items), np.int32, len(items)),
         "file": np.full(len(items), file, np.int32),
-        "place": [conversation.place for conversation, _, _ in items],
-        "conversation": [digests[id(conversation)][0] for conversation, _, _ in items],
-        "question": [digests[id(conversation)][1] for conversation, _, _ in items],
-        "systems": [digests[id(conversation)][2] for conversation, _, _ in items],
+        "place": [rows[number][0].place for number, _, _ in items],
+        "conversation": [digests[number][0] for number, _, _ in items],
+        "question": [questions[number] if questions else digests[number][1] for number, _, _ in items],
+        "systems": [digests[number][2] for number, _, _ in items],
     }
     batch = pyarrow.record_batch([pyarrow.array(columns[column.name], column.type) for column in SCHEMA], schema=SCHEMA)
     if any(encoded.weights is not None for _, encoded, _ in items):
@@ -155,6 +165,14 @@ def digest_conversation(conversation: Conversation) -> bytes:
     else:
         text = json.dumps([messages, *extras], ensure_ascii=False, sort_keys=True, default=str)
     return _digest(text)
+
+
+def digest_instruction(conversation: Conversation, answer: int) -> bytes:
+    """Return a digest of all but the leading system message and the message `answer`: 16 bytes."""
+    before = conversation.messages[:answer]
+    before = before[1:] if before and before[0]["role"] == "system" else before
+    parts = [before, conversation.messages[answer + 1 :], conversation.tools, conversation.template_kwargs]
+    return _digest(json.dumps(parts, ensure_ascii=False, sort_keys=True, default=str))
 
 
 def _digests(conversation: Conversation) -> tuple[bytes, bytes, list[bytes]]:
@@ -211,10 +229,12 @@ class TokenTable:
 
     - `lengths`, `trained_tokens`: int32 [rows].
     - `first_trained`: int32 [rows], the first token that is trained.
-    - `conversations`: int64 [rows], the number of the row's conversation. Rows of one conversation are adjacent.
+    - `conversations`: int64 [rows], the number of the row's conversation. Rows of one conversation are adjacent. A pair
+      is a conversation of two rows, the chosen one first.
     - `has_system`: bool [rows].
     - `has_loss_weight`: bool [rows], a part of the row has a loss weight other than 1.
-    - `digests`, `questions`: 16 bytes [rows], digests of the conversation and of its first user message.
+    - `digests`, `questions`: 16 bytes [rows], digests of the conversation and of its first user message (in preference
+      training: of its instruction, see `digest_instruction`).
     - `source_ends`: int64 [files + 1], the first row of each file, and the number of all rows.
     - `source_names`: the name of each file's source in metrics and reports.
     """

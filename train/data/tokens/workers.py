@@ -48,9 +48,9 @@ class RowTokenizer:
         self.encoder = Encoder(tokenizer, fast=fast)
         self._control_tokens = ControlTokens(tokenizer, control_tokens_in_text)
         self._train_on: TrainOn = train_on
-        self._ignore = ignore
-        self._escaped = 0  # conversations since the chunk began
-        self._left_out: list[Unread] = []  # by the template, for each conversation encoded last
+        self.ignore = ignore
+        self.escaped: list[bool] = []  # for each conversation encoded last
+        self.left_out: list[Unread] = []  # by the template, for each conversation encoded last
 
     def encode(self, conversations: Sequence[Conversation]) -> list[list[EncodedRow] | RowError]:
         """Return for each conversation its rows, or the error for which it can't be trained.
@@ -59,6 +59,10 @@ class RowTokenizer:
         Raises TokensDifferError if fastokens turns out to give other tokens.
         """
         cleaned = [self._clean(conversation) for conversation in conversations]
+        self.escaped = [
+            not isinstance(clean, RowError) and clean is not conversation
+            for clean, conversation in zip(cleaned, conversations, strict=True)
+        ]
         clean = [conversation for conversation in cleaned if not isinstance(conversation, RowError)]
         encoded = iter(
             self.encoder.encode(
@@ -68,7 +72,7 @@ class RowTokenizer:
             )
         )
         left_out = iter(self.encoder.left_out)
-        self._left_out = [{} if isinstance(conversation, RowError) else next(left_out) for conversation in cleaned]
+        self.left_out = [{} if isinstance(conversation, RowError) else next(left_out) for conversation in cleaned]
         return [conversation if isinstance(conversation, RowError) else next(encoded) for conversation in cleaned]
 
     def _clean(self, conversation: Conversation) -> Conversation | RowError:
@@ -80,11 +84,17 @@ class RowTokenizer:
             return error
         if messages is conversation.messages and (tools, kwargs) == (conversation.tools, conversation.template_kwargs):
             return conversation
-        self._escaped += 1
         return replace(conversation, messages=messages, tools=tools, template_kwargs=kwargs)
 
     def encode_chunk(self, file: int, chunk: Chunk, format: str) -> tuple[pyarrow.RecordBatch, RowIssues]:
         """Return the rows of a chunk as a batch of the token table, and its issues. `file`: the file's number."""
+        encoded, issues = self.encode_rows(file, chunk, format)
+        return make_batch(file, encoded), issues
+
+    def encode_rows(
+        self, file: int, chunk: Chunk, format: str
+    ) -> tuple[list[tuple[Conversation, list[EncodedRow]]], RowIssues]:
+        """Return the conversations of a chunk that can be trained, each with its rows, and the issues of the chunk."""
         conversations: list[Conversation] = []
         unread: list[Unread] = []
         issues = RowIssues()
@@ -93,16 +103,15 @@ class RowTokenizer:
                 if isinstance(row, RowError):
                     raise row
                 unread_of_row: Unread = {}
-                conversations.append(read_row(row, format, place, ignore=self._ignore, unread=unread_of_row))
+                conversations.append(read_row(row, format, place, ignore=self.ignore, unread=unread_of_row))
                 unread.append(unread_of_row)
             except RowError as error:
                 issues.add(error, file, place)
         encoded: list[tuple[Conversation, list[EncodedRow]]] = []
-        self._escaped = 0
         results = self.encode(conversations)
-        issues.escaped = self._escaped
+        issues.escaped = sum(self.escaped)
         for conversation, rows, unread_of_row, left_out in zip(
-            conversations, results, unread, self._left_out, strict=True
+            conversations, results, unread, self.left_out, strict=True
         ):
             if isinstance(rows, RowError):
                 issues.add(rows, file, conversation.place)
@@ -110,7 +119,7 @@ class RowTokenizer:
                 encoded.append((conversation, rows))
                 if unread_of_row or left_out:
                     issues.add_unread(unread_of_row | left_out, conversation.messages, file, conversation.place)
-        return make_batch(file, encoded), issues
+        return encoded, issues
 
 
 def tokenize(

@@ -58,14 +58,18 @@ def describe_contents(recipe: Recipe) -> Contents:
     folder = Path(recipe.model.name_or_path)
     if folder.is_dir():
         contents["model.name_or_path"] = [{"file": str(folder), "content": os.path.abspath(folder)}]
-        beside = list_files_beside_weights(folder, _CODE if recipe.model.trust_remote_code else ())
-        descriptions = {name: describe_file(folder / name) for name in beside}
-        descriptions |= {name: describe_by_samples(folder / name) for name in _list_weights(folder)}
         contents[BASE_MODEL] = [
             {"file": name, "content": description and {"name": name, **description}}
-            for name, description in descriptions.items()
+            for name, description in describe_model_files(folder, trust_remote_code=recipe.model.trust_remote_code)
         ]
     return contents
+
+
+def describe_model_files(folder: Path, *, trust_remote_code: bool) -> list[tuple[str, dict[str, Any] | None]]:
+    """Return the name and the description of each file that a model is loaded from; None if it can't be read."""
+    beside = list_files_beside_weights(folder, _CODE if trust_remote_code else ())
+    weights = [(name, describe_by_samples(folder / name)) for name in _list_weights(folder)]
+    return [(name, describe_file(folder / name)) for name in beside] + weights
 
 
 def without_paths(contents: Contents) -> dict[str, list[Any]]:

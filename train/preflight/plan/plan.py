@@ -152,7 +152,7 @@ def launch_command(recipe: Recipe, candidate: Candidate, cluster: Cluster) -> st
         words.append("--deepspeed_multinode_launcher standard")
     changed = {override.partition("=")[0] for override in candidate.overrides}
     own = [override for override in recipe._origin.overrides if override.partition("=")[0] not in changed]
-    words += ["train/sft.py --recipe", *map(shlex.quote, [recipe._origin.file, *own, *candidate.overrides])]
+    words += [f"{recipe.command} --recipe", *map(shlex.quote, [recipe._origin.file, *own, *candidate.overrides])]
     return " ".join(words)
 
 

@@ -35,9 +35,9 @@ class PreferenceSection(Section):
     """Probability that a preference is the wrong way round, for the loss type robust."""
     pairs: Literal["one", "all"] = "one"
     """Pairs of sources whose rows have no `chosen` and `rejected`. Rows with the same instruction under other system
-    messages are siblings: each row's answer is chosen under its own message, and a sibling's is rejected. one = a
-    sibling drawn by `seed`; all = one pair for each sibling, so that of two rows each answer is chosen once and
-    rejected once."""
+    messages are siblings: each row's answer is chosen under its own message, and a sibling's is rejected. one = with
+    one sibling, in an order drawn by `seed`, so that each answer is rejected about as often as chosen; all = with each
+    sibling, at most 100 of an instruction."""
 
     def describe(self) -> str:
         """Return the loss and its settings: `dpo, loss_type: [sigmoid], beta: 0.1`."""

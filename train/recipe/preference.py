@@ -35,9 +35,9 @@ class PreferenceSection(Section):
     """Probability that a preference is the wrong way round, for the loss type robust."""
     pairs: Literal["one", "all"] = "one"
     """Pairs of sources whose rows have no `chosen` and `rejected`. Rows with the same instruction under other system
-    messages are siblings: each row's answer is chosen under its own message, and a sibling's is rejected. one = a
-    sibling drawn by `seed`; all = one pair for each sibling, so that of two rows each answer is chosen once and
-    rejected once."""
+    messages are siblings: each row's answer is chosen under its own message, and a sibling's is rejected. one = with
+    one sibling, in an order drawn by `seed`, so that each answer is rejected about as often as chosen; all = with each
+    sibling, at most 100 of an instruction."""
 
     def describe(self) -> str:
         """Return the loss and its settings: `dpo, loss_type: [sigmoid], beta: 0.1`."""
@@ -76,6 +76,9 @@ def check_preference(document: Document) -> None:
     if training.get("label_smoothing_factor"):
         message = "labels of tokens are not smoothed here. Remove this key."
         document.add_error(("training", "label_smoothing_factor"), message)
+    if document.section("adapter").get("lora_dropout"):
+        message = "pairs are trained without dropout, as TRL does. Write 0."
+        document.add_error(("adapter", "lora_dropout"), message)
     if document.section("model").get("sequence_parallel") not in (None, 1):
         message = "the log-probability of an answer needs all of its tokens on one GPU. Write 1 here."
         document.add_error(("model", "sequence_parallel"), message)

@@ -5,7 +5,6 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
@@ -14,6 +13,7 @@ from trl.trainer.utils import disable_dropout_in_model
 
 from train.data.prepared_data import PreparedData
 from train.errors import UserError
+from train.formatting import format_count
 from train.loop.batch_info import BATCH_INFO, BatchInfo
 from train.loop.loss import needs_logits, score_labels
 from train.loop.preemption_callback import EvaluationStoppedError
@@ -152,8 +152,14 @@ class PreferenceTrainer(JanusTrainer):
             self._compute_reference(table, missing, files)
             if self._step_log:
                 self._step_log.restart_clock()
-        if not np.isfinite(table).all():
-            raise UserError("model: the log-probabilities of its answers are not finite before training.")
+        if broken := list_missing(table, self._splits):
+            split, sequence = broken[0]
+            places = ", ".join(self._splits[split].places(sequence)[::2][:3])
+            raise UserError(
+                "model: before training its log-probabilities of answers are not finite in "
+                f"{format_count(len(broken), 'sequence')}, the first of which has {places}. Inspect them, or load "
+                "the model in another model.dtype."
+            )
         self._write_reference(files, table, cached=False)
         self._reference = torch.from_numpy(table).to(self.args.device)
 

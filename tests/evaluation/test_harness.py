@@ -11,12 +11,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
 import yaml
-from harness_tasks import multiple_choice
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from harness_tasks import choice_likelihoods, multiple_choice
 
-from train.evaluation.harness import SYSGEN, task_names
+from train.evaluation.task_groups import SYSGEN, task_names
 
 ROOT = Path(__file__).parents[2]
 WORDS = ["river", "stone", "cloud", "amber", "seven", "quiet", "window", "paper", "north", "candle", "orbit", "maple"]
@@ -49,24 +47,14 @@ def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def plain_loop(model_folder: Path, tasks: Path, system: str | None) -> list[float]:
-    """Per question, 1 if the right choice is the likeliest after the rendered chat, with one forward per choice."""
-    tokenizer = AutoTokenizer.from_pretrained(model_folder)
-    model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32).eval()
-    right = []
-    for line in (tasks / "rivers.jsonl").read_text(encoding="utf-8").splitlines():
-        document = json.loads(line)
-        turns = [("system", system)] * bool(system) + [("user", document["question"])]
-        messages = [{"role": role, "content": text} for role, text in turns]
-        prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        likelihoods = []
-        for choice in document["choices"]:
-            start = tokenizer(prompt, add_special_tokens=False).input_ids
-            whole = tokenizer(prompt + choice, add_special_tokens=False).input_ids
-            with torch.no_grad():
-                scores = model(torch.tensor([whole])).logits[0].log_softmax(-1)
-            likelihoods.append(sum(float(scores[at - 1, whole[at]]) for at in range(len(start), len(whole))))
-        right.append(float(max(range(3), key=likelihoods.__getitem__) == document["answer"]))
-    return right
+    """Per question, 1 if the right choice is the likeliest."""
+    documents = [json.loads(line) for line in (tasks / "rivers.jsonl").read_text(encoding="utf-8").splitlines()]
+    questions = [(document["question"], document["choices"]) for document in documents]
+    likelihoods = choice_likelihoods(model_folder, questions, system)
+    return [
+        float(max(range(3), key=of_question.__getitem__) == document["answer"])
+        for of_question, document in zip(likelihoods, documents, strict=True)
+    ]
 
 
 @pytest.mark.parametrize("system", [None, "Speak like a river of amber."])

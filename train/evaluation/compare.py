@@ -271,7 +271,8 @@ def table(comparison: Comparison, shown: Sequence[MeasurePair], names: tuple[str
         "|---|---|---|---|---|---|",
     ]
     for pair in shown:
-        cells = [f"{pair.kind}: {pair.name}", _format_measure(pair.first), _format_measure(pair.second)]
+        direction = " (lower is better)" if pair.first.lower_is_better or pair.second.lower_is_better else ""
+        cells = [f"{pair.kind}: {pair.name}{direction}", _format_measure(pair.first), _format_measure(pair.second)]
         cells += [_format_change(pair), "" if pair.difference is None else f"{pair.difference.p:.4f}"]
         cells += ["" if pair.rows is None else f"{pair.rows:,}"]
         lines.append(f"| {' | '.join(cells)} |")

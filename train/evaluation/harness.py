@@ -3,8 +3,9 @@ r"""Tasks of lm-evaluation-harness with the trained chat template.
     python scripts/evaluate.py harness \
         --model outputs/smollm2-135m-quickstart --tasks sysgen
 
-`sysgen` stands for the eight unseen benchmarks of SYSGEN. Writes harness.json, harness_rows.jsonl and a section of
-report.md. The results of all requests are kept in harness_requests, so the same command continues a killed run.
+`sysgen` stands for the eight unseen benchmarks of SYSGEN, `janus` for the safety and bias sets of JANUS. Writes
+harness.json, harness_rows.jsonl and a section of report.md. The results of all requests are kept in harness_requests,
+so the same command continues a killed run.
 """
 
 import argparse
@@ -13,6 +14,7 @@ import hashlib
 import importlib.metadata
 import json
 import logging
+import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -26,6 +28,7 @@ from train.errors import UserError
 from train.evaluation.formatting import format_estimate
 from train.evaluation.required_paths import require_model
 from train.evaluation.results_dir import as_json, as_jsonl, exclusive, output_folder, write_results
+from train.evaluation.task_groups import GROUPS, left_out, task_names
 from train.formatting import format_count
 from train.ifeval.punkt import missing_package, provide_punkt
 from train.resampling import (
@@ -38,21 +41,6 @@ from train.resampling import (
 from train.storage.local_paths import describe_missing_path, parse_path_or_id
 
 HEADING = "## Benchmarks"
-SYSGEN = {
-    "MMLU": "mmlu",
-    "MMLU-Pro": "mmlu_pro",
-    "ARC-c": "arc_challenge",
-    "GPQA": "gpqa_main_zeroshot",
-    "HellaSwag": "hellaswag",
-    "IFEval": "ifeval",
-    "MathQA": "mathqa",
-    "BBH": "bbh",
-}
-"""SYSGEN's unseen benchmarks -> the harness's tasks.
-
-The paper names neither its tasks (GPQA's and BBH's come in several variants) nor its few-shot counts: these are the
-harness's own names, with the counts that it defines for them."""
-
 _FILTERED_WARNINGS = ("`pretrained` model kwarg is not of type",)
 
 
@@ -63,6 +51,7 @@ class TaskScore:
     - `interval`: the method of the interval, or why there is none. The mean of documents that are right or wrong has
       Wilson's interval (`train.resampling`), other metrics 1.96 of the harness's standard errors on both sides.
     - `leaves`: the tasks that a group pools; of a task, its own name.
+    - `better`: "higher" or "lower", as the task defines it; None if it does not.
     """
 
     task: str
@@ -76,6 +65,7 @@ class TaskScore:
     few_shot: int | None
     version: str | None
     leaves: tuple[str, ...]
+    better: str | None
 
     @property
     def missing(self) -> str:
@@ -107,7 +97,8 @@ def add_to(commands: Any) -> None:
         required=True,
         nargs="+",
         metavar="TASK",
-        help=f"tasks or groups of lm-eval; sysgen is SYSGEN's eight: {', '.join(SYSGEN.values())}",
+        help="tasks or groups of lm-eval, or of a paper: "
+        + "; ".join(f"{group} = {', '.join(tasks.values())}" for group, tasks in GROUPS.items()),
     )
     parser.add_argument("--include-path", type=Path, metavar="FOLDER", help="tasks of your own, as lm-eval's YAML")
     parser.add_argument(
@@ -150,11 +141,6 @@ def run(options: argparse.Namespace) -> None:
         write_results(folder, files, heading=HEADING, section=text)
     print(text)
     print(f"figures: {folder / 'harness.json'}; scores of each document: {folder / 'harness_rows.jsonl'}")
-
-
-def task_names(given: Sequence[str]) -> list[str]:
-    """Return the harness's names of the given tasks, each once; `sysgen` stands for eight of them."""
-    return list(dict.fromkeys(name for item in given for name in ([*SYSGEN.values()] if item == "sysgen" else [item])))
 
 
 class Tasks:
@@ -268,7 +254,8 @@ def _scores(results: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> li
         for key, value in metrics.items():
             name, _, filter_name = key.partition(",")
             is_number = isinstance(value, int | float) and not isinstance(value, bool)
-            if not is_number or not filter_name or name.endswith("_stderr"):
+            # NaN: a metric of no document, as of a category of BBQ that --limit leaves out.
+            if not is_number or math.isnan(value) or not filter_name or name.endswith("_stderr"):
                 continue
             stderr = metrics.get(f"{name}_stderr,{filter_name}")
             stderr = float(stderr) if isinstance(stderr, int | float) else None
@@ -288,6 +275,7 @@ def _scores(results: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> li
                     few_shot=results["n-shot"].get(task),
                     version=None if results["versions"].get(task) is None else str(results["versions"][task]),
                     leaves=tuple(of_task),
+                    better={True: "higher", False: "lower"}.get(results["higher_is_better"].get(task, {}).get(name)),
                 )
             )
     return scores
@@ -343,6 +331,7 @@ def make_record(result: HarnessResult, options: argparse.Namespace) -> dict[str,
             "few_shot_as_turns": True,
             **{name: getattr(options, name) for name in names},
         },
+        "not_measured": left_out(options.tasks),
         "scores": [score.record() for score in result.scores],
     }
 
@@ -361,10 +350,11 @@ def section(result: HarnessResult, options: argparse.Namespace) -> str:
         "",
         f"{settings}. Intervals (95 %) are Wilson's where documents are right or wrong, else 1.96 standard errors.",
         "",
-        "| task | metric | few-shot | documents | value |",
-        "|---|---|---|---|---|",
+        "| task | metric | few-shot | documents | value | better |",
+        "|---|---|---|---|---|---|",
     ]
     lines += [_table_row(score) for score in result.scores]
+    lines += [f"\n{name} is not measured: {reason}" for name, reason in left_out(options.tasks).items()]
     lines += ["", *explained] if (explained := explain_missing_intervals("\n".join(lines), "documents")) else []
     return "\n".join(lines) + "\n"
 
@@ -372,4 +362,4 @@ def section(result: HarnessResult, options: argparse.Namespace) -> str:
 def _table_row(score: TaskScore) -> str:
     value = format_estimate(score.value, score.low, score.high, score.missing, digits=4)
     few_shot = "" if score.few_shot is None else str(score.few_shot)
-    return f"| {score.task} | {score.metric} | {few_shot} | {score.of:,} | {value} |"
+    return f"| {score.task} | {score.metric} | {few_shot} | {score.of:,} | {value} | {score.better or ''} |"

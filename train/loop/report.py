@@ -1,6 +1,6 @@
 """Report of a run: report.md with its figures and samples, and plots of its metrics."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +76,8 @@ def _write_report(output_dir: Path, screen: str, seconds: float, rows_by_source:
     plots = _try_plot(plot_loss, metrics, output_dir / "loss.png")
     losses = [line["loss"] for line in metrics if "loss" in line]
     validation = {line["step"]: line["eval_loss"] for line in metrics if "eval_loss" in line}
-    loaded = [line["loaded_step"] for line in metrics if line.get("loaded_step") in validation]
+    loaded = next((line["loaded_step"] for line in reversed(metrics) if line.get("loaded_step") in validation), None)
+    evaluated = max(validation, default=None) if loaded is None else loaded
     speeds = sorted(line["tokens_per_second"] for line in metrics if "tokens_per_second" in line)
     restarts = read_restarts(output_dir)
     rows = [(f"training time since step {restarts[-1][0]}" if restarts else "training time", duration(seconds))]
@@ -85,29 +86,19 @@ def _write_report(output_dir: Path, screen: str, seconds: float, rows_by_source:
         rows.append(("restarts", f"{len(restarts)}: {listed}"))
     if losses:
         rows.append(("training loss, first and last logged", f"{format_loss(losses[0])} -> {format_loss(losses[-1])}"))
-    evaluated = loaded[-1] if loaded else max(validation, default=None)
     if evaluated is not None:
-        title = f"of the saved model (step {evaluated})" if loaded else "at the end"
+        title = "at the end" if loaded is None else f"of the saved model (step {evaluated})"
         rows.append((f"validation loss {title}", format_loss(validation[evaluated])))
-    gains = _select_comparable(output_dir, {line["step"]: line for line in metrics if "eval_system_gain" in line})
     groups: list[dict[str, Any]] = []
+    gains = _select_comparable(output_dir, {line["step"]: line for line in metrics if "eval_system_gain" in line})
     if gains:
-        first, last = min(gains), loaded[-1] if loaded and loaded[-1] in gains else max(gains)
-        name = "system gain in nats per token" + (f", after step {first} and {last}" if first != last else "")
-        if "eval_system_gain_low" not in gains[last] and isinstance(gains[last]["eval_system_gain"], float):
-            name += f" (fewer than {MIN_GROUPS} instructions: no interval)"
-        shown = [_format_interval(gains[step], "eval_system_gain") for step in dict.fromkeys((first, last))]
-        rows.append((name, " -> ".join(shown)))
-        groups = read_gain_groups(output_dir, last)
+        steps = _first_and_last(gains, loaded)
+        rows.append(_gain_row(gains, steps))
+        groups = read_gain_groups(output_dir, steps[-1])
         plots += _try_plot(plot_system_gain, list(gains.values()), output_dir / "system_gain.png")
     shares = {line["step"]: line for line in metrics if any(f"eval_{name}" in line for name in SAMPLE_METRICS.values())}
     if shares:
-        first, last = min(shares), loaded[-1] if loaded and loaded[-1] in shares else max(shares)
-        steps = dict.fromkeys((first, last))
-        for name in SAMPLE_METRICS.values():
-            if values := [f"{shares[step][f'eval_{name}']:.1%}" for step in steps if f"eval_{name}" in shares[step]]:
-                label = f"samples: {name.replace('_', ' ')}" + (f", after step {first} and {last}" * (first != last))
-                rows.append((label, " -> ".join(values)))
+        rows += _share_rows(shares, _first_and_last(shares, loaded))
         plots += _try_plot(plot_followed, list(shares.values()), output_dir / "followed.png")
     if speeds:
         rows.append(("median speed", f"{speeds[len(speeds) // 2]:,.0f} tokens/s"))
@@ -122,6 +113,29 @@ def _write_report(output_dir: Path, screen: str, seconds: float, rows_by_source:
         f"# {output_dir.name}\n\n```\n{screen}\n```\n\n| | |\n|---|---|\n{table}{plots}{tables}\n"
         f"{_quote_samples(output_dir, evaluated)}",
     )
+
+
+def _first_and_last(measured: Mapping[int, Any], loaded: int | None) -> list[int]:
+    """Return the first and the last step that was measured; the last is that of the saved model, if it was loaded."""
+    last = loaded if loaded is not None and loaded in measured else max(measured)
+    return list(dict.fromkeys((min(measured), last)))
+
+
+def _after(steps: Sequence[int]) -> str:
+    return f", after step {steps[0]} and {steps[-1]}" if len(steps) > 1 else ""
+
+
+def _gain_row(gains: Mapping[int, Mapping[str, Any]], steps: Sequence[int]) -> tuple[str, str]:
+    name, last = f"system gain in nats per token{_after(steps)}", gains[steps[-1]]
+    if "eval_system_gain_low" not in last and isinstance(last["eval_system_gain"], float):
+        name += f" (fewer than {MIN_GROUPS} instructions: no interval)"
+    return name, " -> ".join(_format_interval(gains[step], "eval_system_gain") for step in steps)
+
+
+def _share_rows(shares: Mapping[int, Mapping[str, Any]], steps: Sequence[int]) -> Iterator[tuple[str, str]]:
+    for name in SAMPLE_METRICS.values():
+        if values := [f"{shares[step][f'eval_{name}']:.1%}" for step in steps if f"eval_{name}" in shares[step]]:
+            yield f"samples: {name.replace('_', ' ')}{_after(steps)}", " -> ".join(values)
 
 
 def _quote_samples(output_dir: Path, step: int | None) -> str:

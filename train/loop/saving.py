@@ -18,6 +18,7 @@ from train.loop.side_files import (
     list_side_files,
     write_side_files,
 )
+from train.model.inference import has_partitioned_weights
 from train.recipe import Recipe
 
 
@@ -87,11 +88,8 @@ class SavingTrainer(SFTTrainer):
 
         Only on the first rank, as the others may be waiting elsewhere; never if they hold partitions of the weights.
         """
-        sharded = self.is_fsdp_enabled or (
-            self.is_deepspeed_enabled and self.accelerator.state.deepspeed_plugin.zero_stage == 3
-        )
         done = 0 < self.state.max_steps <= self.state.global_step
-        if not done or sharded or not self.is_world_process_zero():
+        if not done or has_partitioned_weights(self.accelerator) or not self.is_world_process_zero():
             return
         with suppress(Exception):  # the original error says more
             self._save(self.args.output_dir)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from accelerate import Accelerator, DistributedType
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
@@ -103,3 +104,10 @@ def evaluation_mode(model: Any) -> Iterator[None]:
     finally:
         for module, mode in modes:
             module.training = mode
+
+
+def has_partitioned_weights(accelerator: Accelerator) -> bool:
+    """Return whether each process holds a part of the weights, so that a forward pass needs all processes."""
+    plugin = accelerator.state.deepspeed_plugin
+    zero3 = accelerator.distributed_type == DistributedType.DEEPSPEED and plugin.zero_stage == 3
+    return zero3 or accelerator.distributed_type == DistributedType.FSDP

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from accelerate import Accelerator, DistributedType
+from accelerate import Accelerator
 from accelerate.utils import gather_object
 from transformers import PreTrainedTokenizerBase
 
 from train.errors import UserError
 from train.llm.reasoning import without_reasoning
-from train.model.inference import generate_batch
+from train.model.inference import generate_batch, has_partitioned_weights
 from train.pressure.conversations import Message
 from train.samples.rows import render_prompt
 
@@ -93,10 +93,3 @@ def generate_answers(
         row: answer for part in gather_object([answers]) for row, answer in part.items()
     }
     return [gathered.get(row) for row in range(len(conversations))]
-
-
-def has_partitioned_weights(accelerator: Accelerator) -> bool:
-    """Return whether each process holds a part of the weights, so that a forward pass needs all processes."""
-    plugin = accelerator.state.deepspeed_plugin
-    zero3 = accelerator.distributed_type == DistributedType.DEEPSPEED and plugin.zero_stage == 3
-    return zero3 or accelerator.distributed_type == DistributedType.FSDP

@@ -29,7 +29,9 @@ def read_harness(kind: str, path: Path, record: Record) -> Results:
             **read_interval(score, "of"),
             unit="share" if is_mean and all(0 <= number <= 1 for number in numbers) else "score",
             rows=of_score if is_mean else None,
-            detail=score["task"] in in_groups,
+            # BBQ has two bias scores over all documents, and two of each of its eleven categories.
+            detail=score["task"] in in_groups or "_bias_score_" in score["metric"],
+            lower_is_better=score.get("better") == "lower",  # files of older versions do not say
         )
     options = record["options"]
     keys = sorted(key for of_task in documents.values() for key in set(of_task))

@@ -23,6 +23,7 @@ class Measure:
     - `groups`: row -> its group of the bootstrap; a row that is not listed is a group of its own.
     - `detail`: one of many, which a short table leaves out.
     - `missing`: the reason for a missing interval, if known (`train.resampling.missing_interval_reason`).
+    - `lower_is_better`: shown beside the measure's name.
     - `parts`: row -> the line of the bench whose rubrics its score is the mean of.
     """
 
@@ -34,6 +35,7 @@ class Measure:
     groups: Mapping[str, str] = field(default_factory=dict)
     detail: bool = False
     missing: str = ""
+    lower_is_better: bool = False
     parts: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
 

@@ -88,11 +88,12 @@ def _count(measured: "Mapping[str, SystemGain]") -> Iterator[tuple[str, ...]]:
 
 
 def _quoted(messages: "Sequence[Message]") -> Iterator[tuple[str, str]]:
-    """Yield the system message, the last answer and the user message before it, each with its name."""
+    """Yield the system message, the last trained answer and the user message before it, each with its name."""
+    from train.data.sources.loss_weights import weight_of
     from train.system_gain.variants import split_system_message
 
     system, turns = split_system_message(list(messages))
-    answer = max(number for number, turn in enumerate(turns) if turn["role"] == "assistant")
+    answer = max(number for number, turn in enumerate(turns) if turn["role"] == "assistant" and weight_of(turn))
     users = [turn["content"] for turn in turns[:answer] if turn["role"] == "user"]
     yield "system", system
     if users:

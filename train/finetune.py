@@ -13,7 +13,7 @@ from train.data.chat.template import without_generation_marks
 from train.data.prepare import prepare
 from train.errors import USER_FIXABLE_ERRNOS, UserError
 from train.loop.arguments import training_arguments
-from train.loop.checkpoint.fingerprint import data_fingerprint
+from train.loop.checkpoint.fingerprint import data_fingerprint, samples_fingerprint
 from train.loop.checkpoint.manifest import Checkpoint
 from train.loop.checkpoint.resume import (
     check_distribution,
@@ -72,7 +72,7 @@ def finetune(recipe: Recipe, checkpoint: Checkpoint | None = None, resume_anyway
             recipe = keep_sequences_per_step(recipe, checkpoint, resume_anyway, world_size())
         _refuse(side_file_errors(recipe, tokenizer))
         data = prepare(recipe, tokenizer)
-        facts = data_fingerprint(data, tokenizer)
+        facts = data_fingerprint(data, tokenizer) | samples_fingerprint(recipe)
         if checkpoint:
             facts_before = {key: value for key, value in checkpoint.manifest["run"].items() if key.startswith("made.")}
             refuse_changes(checkpoint, facts_before, facts, resume_anyway)

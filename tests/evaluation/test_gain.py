@@ -192,6 +192,23 @@ def test_ignored_keys_are_no_part_of_the_rows(command: Callable[..., int], after
     assert [record["conversation"] for record in records] == digests
 
 
+def test_the_answer_that_is_measured_is_quoted(
+    command: Callable[..., int], after: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "weights.jsonl"
+    with path.open("w", encoding="utf-8") as lines:
+        for number, system in enumerate(SYSTEMS):
+            texts = [("system", system), ("user", "river?"), ("assistant", f"stone {number}")]
+            texts += [("user", "and?"), ("assistant", "not trained")]
+            turns: list[dict[str, object]] = [{"role": role, "content": content} for role, content in texts]
+            turns[-1]["weight"] = 0
+            lines.write(json.dumps({"messages": turns}) + "\n")
+    assert command("gain", "--model", after, "--data", path, "--rows") == 0
+    listed = capsys.readouterr().out
+    assert "  - user: `river?`\n  - answer: `stone " in listed
+    assert "not trained" not in listed
+
+
 @pytest.mark.parametrize("scale", [0.01, 1.0, 300.0])
 def test_each_row_is_in_one_bar_of_the_histogram_and_none_spans_0(scale: float) -> None:
     rng = np.random.default_rng(0)

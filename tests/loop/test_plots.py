@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from train.loop.report import plot_loss, plot_system_gain
-from train.reporting.plots import step_plot
+from train.reporting.plots import escape_label, step_plot
 
 CURVES = {
     "one step": {"training": ([1], [3.2])},
@@ -32,6 +32,14 @@ def test_a_plot_over_steps_has_a_title_integer_steps_and_a_legend_outside_the_ax
     (legend,) = axes.figure.legends
     assert [text.get_text() for text in legend.get_texts()] == [*curves]
     assert not legend.get_window_extent().overlaps(axes.get_window_extent())
+
+
+@pytest.mark.parametrize("name", ["_hidden_", "__init__", "$1$_a", "a_b"])
+def test_a_legend_has_every_name(name: str, tmp_path: Path) -> None:
+    with step_plot(tmp_path / "loss.png", "Loss", "loss") as axes:
+        axes.plot([1, 2], [3.0, 2.0], label=escape_label(name))
+    (legend,) = axes.figure.legends
+    assert [text.get_text().replace("\\$", "$").strip() for text in legend.get_texts()] == [name]
 
 
 def test_runs_without_metrics_are_plotted_too(tmp_path: Path) -> None:

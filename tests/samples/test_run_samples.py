@@ -199,7 +199,12 @@ def test_the_file_has_the_lines_of_the_resumed_run(recipe_file: Callable[..., Pa
     assert "Samples of step" not in (tmp_path / "run" / "report.md").read_text(encoding="utf-8")
 
 
-def test_the_best_checkpoint_follows_the_most_rules(recipe_file: Callable[..., Path], tmp_path: Path) -> None:
+def test_the_best_checkpoint_follows_the_most_rules(
+    recipe_file: Callable[..., Path],
+    tmp_path: Path,
+    refused: Callable[..., str],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     """Half of the rows ask for what the model learns, which is lower case."""
     rules = tmp_path / "rules.jsonl"
     turns = [("system", "Only lower case."), ("user", "river?"), ("assistant", "stone")]
@@ -217,6 +222,13 @@ def test_the_best_checkpoint_follows_the_most_rules(recipe_file: Callable[..., P
     assert shares[loaded] == max(share for step, share in shares.items() if step)
     assert set(shares.values()) <= {0.0, 0.5}
     assert 0.5 in shares.values()
+
+    # Other rows measure something else: the search for the best begins again where the user allows it.
+    rules.write_text(rules.read_text(encoding="utf-8").replace("river?", "stone?"), encoding="utf-8")
+    resume = ["--recipe", recipe, "--resume", tmp_path / "run" / "checkpoint-1"]
+    assert "(the file of `evaluation` by which training.metric_for_best_model selects)" in refused(*resume)
+    assert main([*map(str, resume), "--resume-anyway", "made.samples"]) == 0
+    assert "the search for the best model begins again at step 1" in capsys.readouterr().out
 
 
 PATH = {"path": str(HELD_OUT)}

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from train.formatting import format_count
 from train.reporting.markdown import format_table, quote_line
-from train.reporting.plots import BASELINE_COLOR, COLOR, escape_math, new_figure
+from train.reporting.plots import BASELINE_COLOR, COLOR, escape_label, new_figure
 
 if TYPE_CHECKING:
     from train.data.sources.formats import Message
@@ -88,11 +88,12 @@ def _count(measured: "Mapping[str, SystemGain]") -> Iterator[tuple[str, ...]]:
 
 
 def _quoted(messages: "Sequence[Message]") -> Iterator[tuple[str, str]]:
-    """Yield the system message, the last answer and the user message before it, each with its name."""
+    """Yield the system message, the last trained answer and the user message before it, each with its name."""
+    from train.data.sources.loss_weights import weight_of
     from train.system_gain.variants import split_system_message
 
     system, turns = split_system_message(list(messages))
-    answer = max(number for number, turn in enumerate(turns) if turn["role"] == "assistant")
+    answer = max(number for number, turn in enumerate(turns) if turn["role"] == "assistant" and weight_of(turn))
     users = [turn["content"] for turn in turns[:answer] if turn["role"] == "user"]
     yield "system", system
     if users:
@@ -120,7 +121,7 @@ def plot_histogram(measured: "Mapping[str, SystemGain]", path: Path) -> None:
     with new_figure(path, 9, 4) as (_, axes):
         for color, (name, counts) in zip(colors, zip(measured, bars, strict=True), strict=True):
             left = [(number - 1) * width for number in counts]
-            axes.bar(left, list(counts.values()), width, align="edge", color=color, alpha=0.7, label=escape_math(name))
+            axes.bar(left, list(counts.values()), width, align="edge", color=color, alpha=0.7, label=escape_label(name))
         axes.axvline(0, color="black", linewidth=0.8)
         axes.set_xlabel("gain over other system messages, nats per token (left of the line: the message is ignored)")
         axes.set_ylabel("rows")

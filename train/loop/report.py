@@ -9,7 +9,7 @@ from train.loop.run_outcome import read_restarts
 from train.loop.source_report import format_loss, label_section, list_sources, read_gain_groups, source_section
 from train.recipe.measurements import SAMPLE_METRICS
 from train.reporting.markdown import quote_line
-from train.reporting.plots import escape_math, plot_metric, step_plot
+from train.reporting.plots import escape_label, plot_metric, step_plot
 from train.resampling import MIN_GROUPS
 from train.samples.evaluator import FILE as SAMPLES_FILE
 from train.samples.evaluator import describe_verdict
@@ -31,7 +31,7 @@ def plot_loss(metrics: list[dict[str, Any]], path: Path) -> None:
         plot_metric(axes, metrics, "eval_loss", "validation", markers=True)
         sources = list_sources(metrics)
         for source in sources if len(sources) <= _MAX_PLOTTED_SOURCES else ():
-            plot_metric(axes, metrics, f"loss/{source}", escape_math(shorten(source, 40)), width=0.7)
+            plot_metric(axes, metrics, f"loss/{source}", escape_label(shorten(source, 40)), width=0.7)
 
 
 def plot_system_gain(metrics: list[dict[str, Any]], path: Path) -> None:

@@ -38,9 +38,9 @@ def load_pyplot() -> Any:
     return pyplot
 
 
-def escape_math(text: str) -> str:
-    """Escape `$`, which starts a formula in matplotlib's text."""
-    return text.replace("$", r"\$")
+def escape_label(text: str) -> str:
+    """Escape what matplotlib reads into a text: `$` starts a formula, and `_` first hides a label from the legend."""
+    return text.replace("$", r"\$").replace("_", " _", text.startswith("_"))
 
 
 @contextmanager
@@ -67,7 +67,7 @@ def step_plot(path: Path, title: str, ylabel: str) -> Iterator[Any]:
     """Yield axes over optimizer steps and save them as a PNG of 1,000 x 500 pixels, with a legend below the axes."""
     with new_figure(path, 10, 5) as (figure, axes):
         yield axes
-        axes.set_title(escape_math(title))
+        axes.set_title(escape_label(title))
         axes.set_xlabel("optimizer step")
         axes.set_ylabel(ylabel)
         axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
@@ -117,8 +117,8 @@ def bar_plot(path: Path, title: str, xlabel: str, names: Sequence[str], series: 
     """
     with new_figure(path, 9, 0.4 * len(names) + 1.6) as (figure, axes):
         draw_bars(axes, names, series)
-        axes.set_xlabel(escape_math(xlabel))
-        figure.suptitle(escape_math(title), fontsize=11)
+        axes.set_xlabel(escape_label(xlabel))
+        figure.suptitle(escape_label(title), fontsize=11)
         yield axes
         if any(bars.label for bars in series):
             figure.legend(loc="outside lower center", ncols=2, frameon=False)
@@ -134,11 +134,11 @@ def draw_bars(axes: Any, names: Sequence[str], series: Sequence[BarSeries]) -> N
             [value for value, _, _ in bars.values],
             height,
             xerr=error_bars(bars.values),
-            label=escape_math(bars.label),
+            label=escape_label(bars.label),
             color=bars.color,
             capsize=2,
         )
-    axes.set_yticks(range(len(names)), [escape_math(name) for name in names])
+    axes.set_yticks(range(len(names)), [escape_label(name) for name in names])
     axes.invert_yaxis()
     axes.margins(y=0.01)
 

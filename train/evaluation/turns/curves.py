@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from train.reporting.plots import Interval, error_bars, escape_math, new_figure
+from train.reporting.plots import Interval, error_bars, escape_label, new_figure
 
 _MOST_TICKS = 20
 """Numbers of turns below a panel; more would overlap."""
@@ -19,13 +19,13 @@ def turn_panels(path: Path, titles: Sequence[str], turns: int, title: str) -> It
         panels = list(axes[0])
         yield panels
         for panel, text in zip(panels, titles, strict=True):
-            panel.set_title(escape_math(text), fontsize=10)
+            panel.set_title(escape_label(text), fontsize=10)
             panel.set_xlabel("user turn k")
             panel.set_xticks(range(1, turns + 1, math.ceil(turns / _MOST_TICKS)))
             panel.set_ylim(-0.02, 1.02)
             panel.grid(alpha=0.3)
         panels[0].set_ylabel("share of conversations that hold (95 %)")
-        figure.suptitle(escape_math(title), fontsize=11)
+        figure.suptitle(escape_label(title), fontsize=11)
         handles, labels = panels[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False)
 

@@ -6,9 +6,11 @@ of the data: tokens, rows, packed sequences, template.
 
 import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from train.recipe import Recipe
+from train.recipe.measurements import measured_by
 from train.recipe.schedule import BATCH_KEYS
 from train.recipe.sft_config import training_fields
 
@@ -74,6 +76,15 @@ def data_fingerprint(data: "PreparedData", tokenizer: "PreTrainedTokenizerBase")
         "made.template": xxhash.xxh3_128(str(tokenizer.chat_template).encode()).hexdigest(),
         **({"made.date": day.isoformat()} if day else {}),
     }
+
+
+def samples_fingerprint(recipe: Recipe) -> dict[str, str]:
+    """Return the `made.` key of the file whose rows select the best model; empty where none does."""
+    import xxhash
+
+    kind = measured_by(recipe.training.get("metric_for_best_model"))
+    path = getattr(getattr(recipe.evaluation, kind or "", None), "path", None)
+    return {"made.samples": xxhash.xxh3_128(Path(path).read_bytes()).hexdigest()} if path else {}
 
 
 def get_value(fingerprint: Mapping[str, Any], key: str) -> Any:

@@ -35,6 +35,7 @@ _EXPLANATIONS = {
     "has changed",
     "made.rows": "the rows of training and validation, and how often each is repeated",
     "made.sequences": "the packing plan",
+    "made.samples": "the file of `evaluation` by which training.metric_for_best_model selects",
     "made.template": "the text of the template, which is saved with the model; all tokens are the same",
     _ACCUMULATION: f"with {_BATCH_SIZE}, on all processes",
 }
@@ -128,6 +129,8 @@ def refuse_changes(
         allowed |= {"made.tokens"}
     if any(key.startswith(("data.", "made.")) or key in ("seed", *BATCH_KEYS) for key in anyway):
         allowed |= {"made.rows", "made.sequences"}  # consequences of the allowed change
+    if any(key.startswith("evaluation.") for key in anyway):
+        allowed |= {"made.samples"}
     refused = [key for key in changed if key not in allowed and not is_only_reported(key, metric)]
     if refused:
         differences = []

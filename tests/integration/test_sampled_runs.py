@@ -40,6 +40,10 @@ class Setting:
 @pytest.fixture(scope="module")
 def recipe_of(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Callable[[Setting, Path], Path]:
     rows = write_rows(tmp_path_factory.mktemp("rows") / "rows.jsonl", 48, seed=23)
+    prompts = rows.with_name("prompts.jsonl")
+    with prompts.open("w", encoding="utf-8") as lines:
+        for words in (1_015, 1_018, 1_019):  # 8, 2 and 0 tokens are left of the context of 2,048
+            lines.write(json.dumps({"messages": [{"role": "user", "content": "river " * words}]}) + "\n")
 
     def write(setting: Setting, folder: Path) -> Path:
         return write_recipe(
@@ -64,6 +68,7 @@ def recipe_of(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Cal
             evaluation={
                 "rules": {"path": str(HELD_OUT), "rows": 7},
                 "turns": {"conversations": 2, "turns": 2},
+                "prompts": {"path": str(prompts)},
                 "max_new_tokens": 10,
                 "batch_size": 3,
             },
@@ -116,6 +121,7 @@ def test_several_processes_generate_the_answers_of_one(setting: Setting, trained
     samples = read_samples(run)
     assert len({sample["answer"] for sample in samples}) > 15
     assert samples == read_samples(expected)
+    assert [sample["answer"] is None for sample in samples if sample["kind"] == "prompts"][:3] == [False, False, True]
     for line, expected_line in zip(read_metrics(run), read_metrics(expected), strict=True):
         for name in {"loss", "eval_loss", "eval_rules_followed", "eval_turns_held"} & expected_line.keys():
             assert line[name] == pytest.approx(expected_line[name], rel=1e-5)
@@ -160,8 +166,9 @@ def test_a_run_that_ends_while_it_generates_goes_on_like_an_uninterrupted_one(
     how: str, setting: Setting, recipe_of: Callable[..., Path], trained: Callable[[Setting], Path], tmp_path: Path
 ) -> None:
     expected, recipe, run = trained(setting), recipe_of(setting, tmp_path), tmp_path / "run"
-    # Batches of an evaluation: first turns of 9 conversations, then second turns of 2, by threes or one for each process.
-    per_evaluation = 3 + 1 if setting.processes == 1 else 2 + 1
+    # Batches of an evaluation: two long prompts, each alone; first turns of 9 conversations, then second turns of 2, by
+    # threes or one for each process.
+    per_evaluation = 2 + (3 + 1 if setting.processes == 1 else 2 + 1)
     for batch in (per_evaluation + 2, 2):  # in the evaluation of step 2, after that of step 0, and once more in it
         outcome = start(setting, recipe, tmp_path, f"{how},{batch}", job=ended_at)
         assert read_samples(run)

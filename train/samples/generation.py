@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -16,6 +16,8 @@ from train.llm.reasoning import without_reasoning
 from train.model.inference import generate_batch, has_partitioned_weights
 from train.pressure.conversations import Message
 from train.samples.rows import render_prompt
+
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -57,17 +59,21 @@ def generate_answers(
     singles = [row for row in fitting if lengths[row] + max_new_tokens > positions]
     rest = fitting[len(singles) :]
     processes, process = accelerator.num_processes, accelerator.process_index
-    size = min(batch_size, -(-len(rest) // processes)) or 1
-    batches = [[row] for row in singles] + [rest[start : start + size] for start in range(0, len(rest), size)]
     partitioned = has_partitioned_weights(accelerator)
+    size = min(batch_size, -(-len(rest) // processes)) or 1
+    # With partitioned weights a process that is done runs on with the others, beyond the context: these share a batch.
+    rounds = [
+        *_split(_split(singles, 1), 1 if partitioned else processes),
+        *_split(_split(rest, size), processes),
+    ]
     answers: dict[int, GeneratedAnswer] = {}
     # Inside one block of autocast each weight is cast once, in place of once for each token. The copies are as large as
     # those of a training step. Of partitioned weights they would be the complete model.
     with nullcontext() if partitioned else accelerator.autocast():
-        for start in range(0, len(batches), processes):
-            # If the last round has no batch for this process, it joins in with the first one and discards the result.
-            is_mine = start + process < len(batches)
-            batch = batches[start + process if is_mine else start]
+        for batches in rounds:
+            # If a round has no batch for this process, it joins in with the first one and discards the result.
+            is_mine = process < len(batches)
+            batch = batches[process if is_mine else 0]
             longest = max(lengths[row] for row in batch)
             if is_mine or partitioned:
                 try:
@@ -88,8 +94,13 @@ def generate_answers(
             if is_mine:
                 for row, text in zip(batch, generated, strict=True):
                     answers[row] = GeneratedAnswer(without_reasoning(text.text, conversations[row]).text, text.tokens)
-            on_progress(sum(map(len, batches[start : start + processes])))
+            on_progress(sum(map(len, batches)))
     gathered: Mapping[int, GeneratedAnswer] = {
         row: answer for part in gather_object([answers]) for row, answer in part.items()
     }
     return [gathered.get(row) for row in range(len(conversations))]
+
+
+def _split(items: Sequence[Item], size: int) -> list[Sequence[Item]]:
+    """Return parts of `size` items in order; the last may have fewer."""
+    return [items[start : start + size] for start in range(0, len(items), size)]

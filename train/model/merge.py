@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftConfig, PeftModel, PeftType
+from peft import PeftConfig, PeftModel, PeftType, TaskType
 from peft.tuners.lora import Embedding, Linear, LoraLayer
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from safetensors import SafetensorError, safe_open
@@ -16,6 +16,7 @@ from transformers import AutoConfig, PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from train.errors import UserError
+from train.model.classifier import as_classifier
 from train.model.text_part import auto_model_class
 
 Change = Callable[[torch.Tensor, torch.dtype], torch.Tensor]
@@ -114,6 +115,8 @@ def _with_adapter(config: Any, adapter: Path) -> PeftModel:
             raise UserError(
                 f"{adapter}: its {key} can't be merged file by file. Merge it in memory with peft's merge_and_unload."
             )
+    if settings.task_type == TaskType.SEQ_CLS:
+        config = as_classifier(config, config.name_or_path)
     start = settings.init_lora_weights
     if isinstance(start, str) and start not in ("gaussian", "orthogonal", "eva"):
         raise UserError(

@@ -37,7 +37,7 @@ def run(recipe_file: Path, overrides: list[str]) -> None:
         print(f"{cache.source}: {'read from cache' if cache.hit else 'tokenized'} ({cache.how})")
         print(f"    {cache.folder}")
     for name, stats in data.stats.items():
-        print(f"{name}: {stats.rows:,} rows, {stats.tokens:,} tokens, {stats.sequences:,} sequences")
+        print(f"{name}: {stats.rows:,} {stats.unit}s, {stats.tokens:,} tokens, {stats.sequences:,} sequences")
     for outcome in find_dropped_rows(data, recipe.data):
         print(f"dropped rows: {describe_dropped(outcome)}")
     for line in describe_unread(data.unread):

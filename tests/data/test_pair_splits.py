@@ -31,8 +31,8 @@ def rows() -> list[dict[str, str]]:
         {
             "system": text(1, 8) if number % 3 else "",
             "prompt": f"river {number // 2}",
-            "chosen": text(1, 12 + 90 * (number % 5 == 1)),
-            "rejected": text(1, 12 + 90 * (number % 7 == 2)),
+            "chosen": text(70, 100) if number % 5 == 1 else text(1, 12),
+            "rejected": text(70, 100) if number % 7 == 2 else text(1, 12),
         }
         for number in range(30)
     ]

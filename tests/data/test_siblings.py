@@ -15,7 +15,6 @@ from train.data.chat.system_role import apply_system_role
 from train.data.chat.template import use_template
 from train.data.diagnostics import find_dropped_rows
 from train.data.loss_mask import encode
-from train.data.pair_dataset import PairDataset
 from train.data.prepare import examine, prepare
 from train.data.prepared_data import PreparedData
 from train.data.siblings import ALONE, SAME_ANSWER
@@ -36,7 +35,7 @@ TEMPLATES = [
 
 @pytest.fixture
 def rows() -> list[dict[str, str]]:
-    """Rows of Janus: 12 instructions under one to four messages; the last two instructions have an odd sibling each."""
+    """Rows of Janus: 12 instructions under one to four messages, with two siblings that can't be paired."""
     rng = random.Random(5)
     text = lambda count: " ".join(rng.choice(WORDS.split()) for _ in range(rng.randint(1, count)))  # noqa: E731
     rows = [
@@ -48,7 +47,7 @@ def rows() -> list[dict[str, str]]:
         row["prompt"] = next(
             other["prompt"] for other in rows if other["system"].split()[-2] == row["system"].split()[-2]
         )
-    rows[-1]["output"] = rows[-2]["output"]  # the same answer under another message
+    rows[12]["output"] = rows[11]["output"]  # the same answer under both messages of an instruction
     rows.append({**rows[1], "output": "amber"})  # another answer under the same message
     rng.shuffle(rows)
     return rows
@@ -174,8 +173,8 @@ def test_an_answer_whose_tokens_depend_on_the_prompt_is_an_error(
 ) -> None:
     template = tmp_path / "depends.jinja"
     template.write_text(
-        "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}{% generation %}{{ m.content }} "
-        "{{ messages[0].content | length }}<|im_end|>{% endgeneration %}{% else %}{{ m.content }}<|im_end|>{% endif %}\n"
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}"
+        "{{ messages[0].content | length }} {% endif %}{{ m.content }}<|im_end|>\n"
         "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
     )
     with pytest.raises(UserError, match=r"data.sources.0: rows can't be paired with their siblings.*chosen.*rejected"):
@@ -233,22 +232,26 @@ def test_conversations_are_siblings_by_all_turns_but_the_last_answer(examined: C
         assert len(ids) == len(labels)
 
 
-def test_templates_that_write_thoughts_into_the_prompt_pair_only_answers_of_one_kind(
-    examined: Callable[..., PreparedData],
+def test_templates_that_prompt_for_thoughts_pair_only_answers_of_one_kind(
+    examined: Callable[..., PreparedData], tmp_path: Path
 ) -> None:
+    template = tmp_path / "thoughts.jinja"
+    template.write_text(
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}{% if m.reasoning_content %}"
+        "<think>{{ m.reasoning_content }}</think>{% else %}<no>{% endif %}{% endif %}{{ m.content }}<|im_end|>\n"
+        "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n"
+        "{% if enable_thinking is defined and not enable_thinking %}<no>{% else %}<think>{% endif %}{% endif %}"
+    )
+
     def row(system: str, answer: dict[str, str]) -> dict:
         messages = [{"role": "system", "content": system}, {"role": "user", "content": "stone"}]
         return {"messages": [*messages, {"role": "assistant", **answer}]}
 
     thoughts = {"reasoning_content": "cloud amber"}
-    rows = [row("river", {"content": "a"}), row("maple", {"content": "b"})]
-    rows += [row("north", {"content": "c", **thoughts}), row("seven", {"content": "d", **thoughts})]
-    data = examined(rows, chat={"template": str(TRL_TEMPLATES / "qwen3.jinja")})
-    together = {(1, 2), (2, 1), (3, 4), (4, 3)}
-    assert together <= set(pairs_of(data))
-    for number, (own, other) in enumerate(pairs_of(data)):
-        assert isinstance(data.train.dataset, PairDataset)
-        assert (own <= 2) == (other <= 2), number
+    rows = [row("river", {"content": "a"}), row("north", {"content": "c", **thoughts})]
+    rows += [row("maple", {"content": "b"}), row("seven", {"content": "d", **thoughts})]
+    data = examined(rows, chat={"template": str(template)})
+    assert sorted(pairs_of(data)) == [(1, 3), (2, 4), (3, 1), (4, 2)]
 
 
 def test_a_source_without_pairs_is_an_error(rows: list[dict[str, str]], examined: Callable[..., PreparedData]) -> None:

@@ -57,7 +57,7 @@ def test_the_page_accounts_for_pairs(report: Report) -> None:
         "preference  dpo, loss_type: [robust], beta: 0.1, label_smoothing: 0.1\n",
         "training    4 pairs, ",
         "50.0% of the pairs have a system message of their own, 2 distinct\n",
-        "the chosen one is longer in 25.0% of the pairs, shorter in 25.0%\n",
+        "the chosen one is longer in 50.0% of the pairs, shorter in 50.0%\n",
         "2.0 pairs each on average" if report.training.sequences == 2 else "4.0 pairs each on average",
         "length percentiles of the longer half (tokens): min ",
         "dropped     1 row skipped, identical answers: first ",

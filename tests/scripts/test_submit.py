@@ -104,6 +104,15 @@ def directives(script: str) -> dict[str, str]:
     return {name: shlex.split(value)[0] if value else "" for name, _, value in (line.partition("=") for line in lines)}
 
 
+@pytest.mark.parametrize("sections", [{}, {"preference": {"loss": "dpo"}}], ids=["sft", "preference"])
+def test_the_job_runs_the_command_of_its_recipe(
+    sections: dict[str, dict[str, str]], printed: Callable[..., str], recipe_file: Callable[..., Path]
+) -> None:
+    script = printed(recipe_file(**sections), *ONE_NODE)
+    assert variable(script, "command") == ["train/preference.py" if sections else "train/sft.py"]
+    assert '"$checkout/$command" "${recipe[@]}"' in script
+
+
 def test_two_nodes_use_deepspeeds_standard_launcher(
     printed: Callable[..., str], recipe_file: Callable[..., Path]
 ) -> None:

@@ -2,8 +2,7 @@
 
 `siblings` of a source limits their number. In preference training each row's answer is chosen under its own message,
 and the answer that a sibling has under another message is rejected. For that, rows are compared by their tokens:
-siblings have the same instruction (and the same tokens just before the answer, as a template may write them there by
-the kind of answer), another prompt and another answer.
+siblings have the same instruction (`sibling_key`), another prompt and another answer.
 
     row 1   m1 q | a1        pair (1, 2)   chosen m1 q | a1    rejected m1 q | a2
     row 2   m2 q | a2        pair (2, 1)   chosen m2 q | a2    rejected m2 q | a1
@@ -19,6 +18,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from train.data.sources.source import BadRows
+from train.data.tokens.pairs import sibling_key
 from train.data.tokens.table import TokenTable
 from train.errors import UserError
 from train.formatting import format_count
@@ -26,8 +26,6 @@ from train.recipe import PreferenceSection, Source, TrainingSource
 
 ALONE = "no other row has its instruction under another system message"
 SAME_ANSWER = "its siblings have the same answer"
-_TAIL = 4
-"""Tokens before the answer that siblings share, such as Qwen3's empty block of thoughts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +104,7 @@ def pair_siblings(
     halves: list[tuple[bytes, bytes]] = []  # digests of prompt and answer
     for number, (row, question) in enumerate(zip(rows.tolist(), table.questions[rows].tolist(), strict=True)):
         ids, start = table.ids(row), int(table.first_trained[row])
-        groups[question + ids[max(start - _TAIL, 0) : start].tobytes()].append(number)
+        groups[sibling_key(question, (ids, table.trained(row)))].append(number)
         halves.append((_digest(ids[:start]), _digest(ids[start:])))
     unpaired = LeftOutRows(key, len(rows))
     pairs: list[tuple[int, int]] = []
@@ -120,7 +118,7 @@ def pair_siblings(
                 detail = f"{format_count(len(members), 'row')} with its instruction"
                 unpaired.reasons.setdefault(reason, BadRows()).add(table.place(rows[own]), detail)
             elif which == "one":
-                siblings = [siblings[_draw(seed, prompt + answer) % len(siblings)]]
+                siblings = [min(siblings, key=lambda other: _draw(seed, *halves[own], *halves[other]))]
             pairs += [(own, sibling) for sibling in siblings]
     numbers = np.array(sorted(pairs), np.int64).reshape(-1, 2)
     return rows[numbers], unpaired
@@ -130,5 +128,5 @@ def _digest(ids: NDArray[np.int32]) -> bytes:
     return xxhash.xxh3_128_digest(np.ascontiguousarray(ids).data)
 
 
-def _draw(seed: int, row: bytes) -> int:
-    return int.from_bytes(hashlib.blake2b(str(seed).encode() + row, digest_size=8).digest())
+def _draw(seed: int, *digests: bytes) -> bytes:
+    return hashlib.blake2b(b"".join([str(seed).encode(), *digests]), digest_size=8).digest()

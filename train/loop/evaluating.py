@@ -101,7 +101,7 @@ class EvaluatingTrainer(CheckpointingTrainer):
 
         That of training.eval_on_start is due when a run begins, not when it resumes.
         """
-        if kwargs.get("skip_scheduler") and self.state.global_step:
+        if kwargs.get("skip_scheduler") and self._resumed_settings:  # at step 0 too, where one may be pending
             return {}
         try:
             if self._preemption.reason:

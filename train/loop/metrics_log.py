@@ -16,7 +16,10 @@ from train.recipe.measurements import SAMPLE_METRICS
 from train.storage.atomic_write import atomic_write, write_text
 from train.storage.jsonl import read_json_lines
 
-_SHOWN = ("eval_loss", "eval_system_gain", *(f"eval_{metric}" for metric in SAMPLE_METRICS.values()))
+_SHOWN = (
+    *("eval_loss", "eval_rewards/accuracies", "eval_rewards/margins", "eval_system_gain"),
+    *(f"eval_{metric}" for metric in SAMPLE_METRICS.values()),
+)
 """Metrics of an evaluation that are printed."""
 
 
@@ -125,6 +128,10 @@ class StepLog(TrainerCallback):
         if self._evaluation is None:
             self._evaluation = self._job.part("evaluating", len(kwargs["eval_dataloader"]), "batches")
         self._evaluation.advance()
+
+    def restart_clock(self) -> None:
+        """Start the clock again: what came before the first step says nothing about the time left."""
+        self._started = time.monotonic()
 
     def part(self, description: str, total: int, unit: str) -> ProgressBar | None:
         """Return a progress bar for a part of the evaluation; None on other ranks than the first."""

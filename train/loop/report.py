@@ -18,13 +18,15 @@ from train.storage.jsonl import read_json_lines
 from train.system_gain.evaluator import FILE as GAIN_FILE
 
 _MAX_PLOTTED_SOURCES = 6
+_PREFERRED = "eval_rewards/accuracies"
 _QUOTED = 4
 """Maximum number of samples of a kind in the report."""
 
 
 def plot_loss(metrics: list[dict[str, Any]], path: Path) -> None:
     """Plot training and validation loss over the steps, as a PNG of 1,000 x 500 pixels."""
-    with step_plot(path, f"Loss of {_run_name(path)}", "loss (nats per trained token)") as axes:
+    unit = "pair" if any("rewards/margins" in line for line in metrics) else "trained token"
+    with step_plot(path, f"Loss of {_run_name(path)}", f"loss (nats per {unit})") as axes:
         plot_metric(axes, metrics, "loss", "training")
         plot_metric(axes, metrics, "eval_loss", "validation", markers=True)
         sources = list_sources(metrics)
@@ -89,6 +91,11 @@ def _write_report(output_dir: Path, screen: str, seconds: float, rows_by_source:
     if evaluated is not None:
         title = f"of the saved model (step {evaluated})" if loaded else "at the end"
         rows.append((f"validation loss {title}", format_loss(validation[evaluated])))
+    preferred = {line["step"]: line[_PREFERRED] for line in metrics if _PREFERRED in line}
+    if preferred:
+        first, last = min(preferred), loaded[-1] if loaded else max(preferred)
+        name = "pairs with the chosen answer preferred" + (f", after step {first} and {last}" * (first != last))
+        rows.append((name, " -> ".join(f"{preferred[step]:.1%}" for step in dict.fromkeys((first, last)))))
     gains = _select_comparable(output_dir, {line["step"]: line for line in metrics if "eval_system_gain" in line})
     groups: list[dict[str, Any]] = []
     if gains:

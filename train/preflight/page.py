@@ -32,6 +32,10 @@ _POLICIES = {
     "escape": "control tokens typed in a text are broken up by an invisible character (U+200B)",
     "allow": "control tokens typed in a text act as control tokens",
 }
+_PAIR_POLICIES = {
+    "assistant": "answers in which the halves of a pair differ are trained, with their end token; of siblings the last",
+    "last": "the last answer of each half is trained, with its end token",
+}
 
 
 def print_page(report: Report, control_tokens: Sequence[str], console: Console) -> None:
@@ -75,8 +79,8 @@ def page(report: Report, control_tokens: Sequence[str], *, coloured: bool, width
         line("", sentence)
     for name, key in (("trained", "train_on"), ("control", "control_tokens_in_text")):
         effect = _POLICIES[report.chat[key]]
-        if key == "train_on" and isinstance(report, PreferenceReport):
-            effect = "of what differs in a pair; of siblings the last answer"
+        if isinstance(report, PreferenceReport):
+            effect = _PAIR_POLICIES.get(report.chat[key], effect)
         line(name, f"chat.{key}: {report.chat[key]}, {effect}")
     for number, cache in enumerate(report.caches):
         state = "found" if cache.hit else "made now"

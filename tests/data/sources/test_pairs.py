@@ -57,6 +57,12 @@ SAME_PAIR: dict[str, dict[str, Any]] = {
         "chosen": {"from": "gpt", "value": "A drink."},
         "rejected": {"from": "gpt", "value": BAD["content"]},
     },
+    "answers as turns, beside a text and the chosen conversation": {
+        **COLUMNS,
+        "messages": [SYSTEM, USER, GOOD],
+        "chosen": [GOOD],
+        "rejected": [BAD],
+    },
     "one half complete": {**COLUMNS, "chosen": [USER, GOOD], "rejected": BAD["content"]},
     "ultrafeedback_binarized": {
         "prompt": "What is tea?",

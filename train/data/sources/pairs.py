@@ -29,7 +29,7 @@ from train.data.sources.columns import (
 )
 from train.data.sources.formats import BESIDE, Conversation, complete, detect, without
 from train.data.sources.loss_weights import LOSS_WEIGHT, weight_of
-from train.data.sources.row_errors import RowError, check_text
+from train.data.sources.row_errors import RowError, check_text, first_filled
 from train.data.sources.turns import Message, new_message, read_turns
 from train.data.sources.unread_text import Unread
 
@@ -94,18 +94,17 @@ def _read_half(row: RawRow, column: str, unread: Unread) -> list[Message]:
 
 def _read_prompt(row: RawRow, unread: Unread) -> tuple[list[Message], set[str]]:
     """Return the messages before the answers, and the columns that they were read from."""
-    for column in TURN_COLUMNS:
-        if is_list_of_turns(row.get(column)):
-            return read_turns(row[column], column, unread), {column}
+    has_text = any(isinstance(row.get(name), str) and row[name].strip() for name in (*PROMPTS, *CONTEXTS))
+    turns = next((name for name in TURN_COLUMNS if is_list_of_turns(row.get(name))), None)
+    if turns == "prompt" or (turns and not has_text):  # beside a text, `messages` may be the chosen conversation
+        return read_turns(row[turns], turns, unread), {turns}
     column = choose_column(row, PROMPTS)
-    read = {"history", *PROMPTS}
-    if column in row and column not in _WITH_CONTEXT:
-        question = require_text(row, column)
-    else:
-        has_context = column not in row and any(row.get(name) for name in CONTEXTS)
-        question = with_context(row, "" if has_context else require_text(row, column))
-        read |= {*CONTEXTS}
-    return [*read_history(row), new_message("user", question)], read
+    columns = {"history", *PROMPTS}
+    question = require_text(row, column) if column in row or not first_filled(row, CONTEXTS) else ""
+    if not question or column in _WITH_CONTEXT:
+        question = with_context(row, question)
+        columns |= {*CONTEXTS}
+    return [*read_history(row), new_message("user", question)], columns
 
 
 def _find_answers(chosen: list[Message], rejected: list[Message]) -> int:

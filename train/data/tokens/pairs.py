@@ -19,6 +19,16 @@ def join_answer(prompt: Tokens, answer: Tokens) -> Tokens:
     return np.concatenate([ids[:start], other_ids[other_start:]]), other_trained - other_start + start
 
 
+def sibling_key(instruction: bytes, row: Tokens) -> bytes:
+    """Return what siblings share: the digest of their instruction, and the tokens just before the answer.
+
+    A template may write those by the kind of answer, such as an empty block of thoughts.
+    """
+    (ids, trained), tail = row, 4
+    start = int(trained[0, 0])
+    return instruction + ids[max(start - tail, 0) : start].tobytes()
+
+
 class TokenPairs:
     """Pairs over a token table.
 

@@ -13,7 +13,7 @@ from train.data.sources.loss_weights import weight_of
 from train.data.sources.pairs import PREFERENCE, Pair, read_pair
 from train.data.sources.readers import Chunk
 from train.data.sources.unread_text import Unread
-from train.data.tokens.pairs import Tokens, join_answer
+from train.data.tokens.pairs import Tokens, join_answer, sibling_key
 from train.data.tokens.table import RowIssues, digest_instruction, make_batch
 from train.data.tokens.workers import RowTokenizer
 from train.errors import UserError
@@ -82,10 +82,10 @@ class PreferenceTokenizer(RowTokenizer):
 
     def _prove(self, rows: Sequence[tuple[Conversation, EncodedRow, int]], questions: Sequence[bytes]) -> None:
         """Compare joined tokens of a few siblings with those of the complete conversation. Raises UserError."""
-        by_question = defaultdict(list)
-        for number, question in enumerate(questions):
-            by_question[question].append(number)
-        siblings = [numbers for numbers in by_question.values() if len(numbers) > 1][:_PROVEN]
+        groups = defaultdict(list)
+        for number, (question, (_, row, _)) in enumerate(zip(questions, rows, strict=True)):
+            groups[sibling_key(question, _tokens(row))].append(number)
+        siblings = [numbers for numbers in groups.values() if len(numbers) > 1][:_PROVEN]
         complete = []
         for first, second, *_ in siblings:
             (conversation, _, answer), (other, _, other_answer) = rows[first], rows[second]

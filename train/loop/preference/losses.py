@@ -63,16 +63,22 @@ def compute_losses(section: PreferenceSection, scores: AnswerScores, reference: 
     if section.loss == "orpo":
         return _orpo(scores, section.beta)
     assert reference is not None
-    ratios = scores.chosen - reference[:, 0], scores.rejected - reference[:, 1]
+    chosen, rejected = scores.chosen - reference[:, 0], scores.rejected - reference[:, 1]
     losses, nll_weight = torch.zeros_like(scores.chosen), 0.0
     weights = section.loss_weights or [1.0] * len(section.loss_type)
     for name, weight in zip(section.loss_type, weights, strict=True):
         if name == "sft":
             nll_weight += weight
         else:
-            losses = losses + weight * _dpo(name, *ratios, scores, section)
-    rewards = [section.beta * ratio.detach() for ratio in ratios]
-    return PairLosses(losses, nll_weight, *rewards, scores.chosen.detach(), scores.rejected.detach())
+            losses = losses + weight * _dpo(name, chosen, rejected, scores, section)
+    return PairLosses(
+        losses,
+        nll_weight,
+        chosen_rewards=section.beta * chosen.detach(),
+        rejected_rewards=section.beta * rejected.detach(),
+        chosen_logps=scores.chosen.detach(),
+        rejected_logps=scores.rejected.detach(),
+    )
 
 
 def _dpo(
@@ -106,8 +112,8 @@ def _orpo(scores: AnswerScores, beta: float) -> PairLosses:
     chosen = scores.chosen / scores.chosen_tokens.clamp(min=1)
     rejected = scores.rejected / scores.rejected_tokens.clamp(min=1)
     losses = -beta * logsigmoid(_log_odds(chosen) - _log_odds(rejected))
-    means = chosen.detach(), rejected.detach()
-    return PairLosses(losses, 1.0, *(beta * mean for mean in means), *means)
+    chosen, rejected = chosen.detach(), rejected.detach()
+    return PairLosses(losses, 1.0, beta * chosen, beta * rejected, chosen, rejected)
 
 
 def _reward(scores: AnswerScores, centering: float) -> PairLosses:

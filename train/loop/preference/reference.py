@@ -9,6 +9,7 @@ resume      output_dir, or the cache folder: a model in training is no reference
 import json
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from train.data.tokens.source import cache_folder
 from train.errors import UserError
 from train.loop.checkpoint.run_inputs import describe_model_files
 from train.loop.output_dir import REFERENCE
+from train.ranks import is_first_rank
 from train.recipe import Recipe
 from train.storage.atomic_write import atomic_write
 
@@ -50,19 +52,27 @@ class ReferenceFiles:
         """
         tokens = [{**source, "source": None} for source in facts["made.tokens"]]
         of_data = json.dumps([tokens, facts["made.rows"], recipe.data.max_length], sort_keys=True)
+        self._recipe, self._computed = recipe, computed
         self._pairs, self._data = pairs, xxhash.xxh3_128(of_data.encode()).hexdigest()
-        folder, code = Path(recipe.model.name_or_path), recipe.model.trust_remote_code
-        model = describe_model_files(folder, trust_remote_code=code) if folder.is_dir() else str(folder)
-        key = cache_key({"reference": model, "pairs": self._data, **computed})
         self.of_run = Path(recipe.output_dir, REFERENCE)
-        self.cached = cache_folder(recipe) / f"reference-{key}.npz"
+
+    @cached_property
+    def cached(self) -> Path:
+        """Return the file in the cache folder, whose name depends on the contents of the base model."""
+        model = self._recipe.model
+        folder = Path(model.name_or_path)
+        is_folder, code = folder.is_dir(), model.trust_remote_code
+        contents = describe_model_files(folder, trust_remote_code=code) if is_folder else [model.name_or_path]
+        key = cache_key({"reference": contents, "pairs": self._data, **self._computed})
+        return cache_folder(self._recipe) / f"reference-{key}.npz"
 
     def read(self, *, resumed: bool) -> tuple[Table, Path | None]:
-        """Return the table and its file; all NaN and None without one for these pairs.
+        """Return the table and its file; all NaN and None without one for these pairs, and on all ranks but the first.
 
         `resumed`: prefer the file of the run, whose numbers it has trained with.
         """
-        for path in (self.of_run, self.cached) if resumed else (self.cached,):
+        paths = ([self.of_run] if resumed else []) + [self.cached] if is_first_rank() else []
+        for path in paths:
             try:
                 with np.load(path) as arrays:
                     if str(arrays["pairs"]) == self._data:
@@ -71,14 +81,15 @@ class ReferenceFiles:
                 continue
         return np.full((self._pairs, 2), np.nan, np.float32), None
 
-    def write(self, path: Path, table: Table) -> None:
+    def write(self, table: Table, *, cached: bool) -> None:
         """Write one of the two files. Raises UserError if it can't be written."""
+        path = self.cached if cached else self.of_run
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             with atomic_write(path) as [staged]:
                 np.savez(staged, pairs=np.array(self._data), log_probs=table)
         except OSError as error:
-            key = "output_dir" if path == self.of_run else "data.cache_dir"
+            key = "data.cache_dir" if cached else "output_dir"
             raise UserError(f"{key}: {path} can't be written: {error.strerror or error}.") from error
 
 
@@ -92,7 +103,7 @@ def list_missing(table: Table, splits: Sequence[PackedDataset]) -> list[tuple[in
     """Return the sequences of the first epoch that have a pair without log-probabilities: split and index of each."""
     missing, first = [], 0
     for number, split in enumerate(splits):
-        absent = np.isnan(table[first : first + len(split.lengths)]).any(axis=1)
+        absent = np.isnan(table[first : first + len(split.lengths)].sum(axis=1))
         plan = split.plan_of(0)
         missing += [(number, index) for index in range(len(split)) if absent[plan[index]].any()]
         first += len(split.lengths)

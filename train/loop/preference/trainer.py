@@ -28,7 +28,7 @@ from train.loop.preference.pairs import (
     score_answers,
     sum_pairs,
 )
-from train.loop.preference.reference import ReferenceFiles, fill_table, list_missing, share_table
+from train.loop.preference.reference import ReferenceFiles, Table, fill_table, list_missing, share_table
 from train.loop.trainer import JanusTrainer
 from train.model.inference import evaluation_mode
 from train.ranks import is_first_rank
@@ -86,7 +86,7 @@ class PreferenceTrainer(JanusTrainer):
         model: torch.nn.Module,
         inputs: dict[str, torch.Tensor | Any],
         return_outputs: bool = False,
-        num_items_in_batch: torch.Tensor | int | None = None,
+        num_items_in_batch: Any = None,
     ) -> torch.Tensor:
         """Return the loss of the pairs of a micro-batch, and add its sums on the device."""
         batch: BatchInfo = inputs.pop(BATCH_INFO)  # type: ignore[assignment]
@@ -103,10 +103,10 @@ class PreferenceTrainer(JanusTrainer):
         if training:
             self._count(batch, sums)
             self._guards.add(replace(batch, trained_tokens=len(numbers)), token_losses, has_loss)
-            self._sources.add(batch, token_losses, has_loss)
+            self._sources.add(batch, token_losses, outputs.label_mask, weights=has_loss)  # one for each pair
         else:
             self._evaluated += sums
-            self._evaluated_sources.add(batch, token_losses, has_loss)
+            self._evaluated_sources.add(batch, token_losses, outputs.label_mask, weights=has_loss)
         return loss
 
     def _score(
@@ -160,10 +160,11 @@ class PreferenceTrainer(JanusTrainer):
             print(f"reference: {computed}kept in {file if file and not missing else files.cached}", flush=True)
         if missing:
             self._compute_reference(table, missing, files)
+            if self._step_log:
+                self._step_log.restart_clock()
         if not np.isfinite(table).all():
             raise UserError("model: the log-probabilities of its answers are not finite before training.")
-        if is_first_rank() and file != files.of_run:
-            files.write(files.of_run, table)
+        self._write_reference(files, table, cached=False)
         self._reference = torch.from_numpy(table).to(self.args.device)
 
     def _computation(self) -> dict[str, Any]:
@@ -178,7 +179,13 @@ class PreferenceTrainer(JanusTrainer):
             "attention": config._attn_implementation,
         }
 
-    def _compute_reference(self, table: Any, missing: list[tuple[int, int]], files: ReferenceFiles) -> None:
+    def _write_reference(self, files: ReferenceFiles, table: Table, *, cached: bool) -> None:
+        """Write one of the files on the first process. Raises UserError on all processes if that fails."""
+        write = partial(files.write, table, cached=cached)
+        if error := self._writer.first_error_on_any_rank(write if is_first_rank() else lambda: None):
+            raise UserError(f"{error}.")
+
+    def _compute_reference(self, table: Table, missing: list[tuple[int, int]], files: ReferenceFiles) -> None:
         """Compute what is missing with the model that will be trained; an adapter is switched off."""
         model = self._unwrap()
         bar = self._step_log.part("reference", len(missing), "sequences") if self._step_log else None
@@ -194,14 +201,10 @@ class PreferenceTrainer(JanusTrainer):
             self._preemption_callback.on_prediction_step(self.args, self.state, self.control)
             return torch.stack([scores.chosen, scores.rejected], dim=1)
 
-        def write(table: Any) -> None:
-            write_file = partial(files.write, files.cached, table)
-            if error := self._writer.first_error_on_any_rank(write_file if is_first_rank() else lambda: None):
-                raise UserError(error)
-
         without_adapter = model.disable_adapter() if isinstance(model, PeftModel) else nullcontext()
         try:
             with evaluation_mode(self.model_wrapped), torch.no_grad(), without_adapter:
+                write = partial(self._write_reference, files, cached=True)
                 fill_table(table, missing, self._splits, score, self.accelerator, write)
         finally:
             if bar:

@@ -113,7 +113,7 @@ def keep_within_length(
             bad = stats.overlong[outcome] = BadRows(len(positions))
             for position in positions[:3]:
                 bad.examples.append(BadRow(place(position), f"{lengths[position].max():,} tokens"))
-    return ~overlong | truncated
+    return np.asarray(~overlong | truncated)
 
 
 def _count_cut(chosen: NDArray[np.int64], table: TokenTable, max_length: int) -> int:

@@ -94,8 +94,8 @@ class PreferenceTokenizer(RowTokenizer):
             complete.append(replace(conversation, messages=messages))
         for (first, second, *_), result in zip(siblings, self.encode(complete), strict=True):
             ids, trained = join_answer(_tokens(rows[first][1]), _tokens(rows[second][1]))
-            same = not isinstance(result, RowError) and len(result) == 1
-            if not (same and np.array_equal(result[0].ids, ids) and np.array_equal(result[0].trained, trained)):
+            whole = None if isinstance(result, RowError) or len(result) > 1 else result[0]
+            if whole is None or not (np.array_equal(whole.ids, ids) and np.array_equal(whole.trained, trained)):
                 raise UserError(
                     "rows can't be paired with their siblings: under this template the tokens of the answer in "
                     f"{rows[second][0].place} are others after the prompt of {rows[first][0].place}. Write rows with "

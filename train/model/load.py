@@ -23,7 +23,7 @@ from train.model.attention.selection import attention_needs, choose_attention, m
 from train.model.attention.sequence_parallel import check_sequence_parallel, register
 from train.model.classifier import SCORE_WEIGHT, as_classifier, find_score_head, is_classifier
 from train.model.float8 import check_float8, check_float8_start, convert
-from train.model.folder import adapter_base, is_adapter_alone
+from train.model.folder import adapter_base, is_adapter_alone, read_json
 from train.model.hub_kernels import check_layer_kernels
 from train.model.pretrained import optional_file, origin, reading, unloadable
 from train.model.quantized_weights import (
@@ -239,11 +239,19 @@ def _load_complete(
     return loaded, others
 
 
-def load_saved(name: str, dtype: str | None = None) -> PreTrainedModel:
+def is_reward_model(name: str) -> bool:
+    """Return whether a model or adapter, in a folder or on the hub, was saved as a reward model."""
+    if is_adapter_alone(Path(name)):
+        return read_json(Path(name, "adapter_config.json")).get("task_type") == "SEQ_CLS"
+    return is_classifier(AutoConfig.from_pretrained(name))
+
+
+def load_saved(name: str, dtype: str | None = None, *, scores: bool = False) -> PreTrainedModel:
     """Load a model for inference, on a GPU if there is one.
 
     - `name`: folder or hub id of a model, or folder of an adapter, whose base is loaded with it;
-    - `dtype`: float32 or bfloat16; None = bfloat16 on a GPU and float32 on a CPU.
+    - `dtype`: float32 or bfloat16; None = bfloat16 on a GPU and float32 on a CPU;
+    - `scores`: it must be a reward model; else a language model.
 
     Raises UserError if it can't be loaded.
     """
@@ -254,10 +262,16 @@ def load_saved(name: str, dtype: str | None = None) -> PreTrainedModel:
     base = adapter_base(Path(name)) if is_adapter_alone(Path(name)) else None
     settings = {"pretrained_model_name_or_path": base or name, "dtype": chosen, "use_safetensors": True}
     try:
+        if is_reward_model(name) != scores:
+            raise ValueError("it is no reward model" if scores else "it is a reward model, which writes no answers")
         config = AutoConfig.from_pretrained(base or name)
+        new: set[str] = set()
+        if scores and not is_classifier(config):  # the adapter has the head
+            settings["config"] = config = as_classifier(config, name)
+            new.add(SCORE_WEIGHT)
         if quantization := quantization_to_load(config):
             settings["quantization_config"] = quantization
-        loaded, _ = _load_complete(config, settings)
+        loaded, _ = _load_complete(config, settings, new)
         if base:
             loaded.load_adapter(name)
         return loaded if read_saved_quantization(loaded.config) else loaded.to(device)

@@ -50,9 +50,9 @@ class RewardModel:
         padding = self.weights.config.get_text_config().pad_token_id
         ids = [[*text, *[padding] * (longest - len(text))] for text in texts]
         mask = [[1] * len(text) + [0] * (longest - len(text)) for text in texts]
-        ids, mask = (torch.tensor(rows, device=self.weights.device) for rows in (ids, mask))
+        tensors = [torch.tensor(rows, device=self.weights.device) for rows in (ids, mask)]
         with torch.inference_mode():
-            logits = self.weights(input_ids=ids, attention_mask=mask, use_cache=False).logits
+            logits = self.weights(input_ids=tensors[0], attention_mask=tensors[1], use_cache=False).logits
         return logits[:, 0].float().tolist()
 
 

@@ -110,6 +110,7 @@ def test_more_is_better_for_the_metrics_that_select_a_model(recipe_file: Path, l
         ([PAIRS, "data.sources.0.loss_weight=2"], "data.sources.0.loss_weight", "losses of pairs have no weights"),
         ([PAIRS, "training.loss_type=dft"], "training.loss_type", "the loss is set by `preference`"),
         ([PAIRS, "training.label_smoothing_factor=0.1"], "training.label_smoothing_factor", "Remove this key"),
+        ([PAIRS, "adapter={lora_dropout: 0.1}"], "adapter.lora_dropout", "without dropout"),
         ([PAIRS, "model.sequence_parallel=2"], "model.sequence_parallel", "Write 1 here"),
         (["data.sources.0.format=preference"], "data.sources.0.format", "section `preference`"),
         (

@@ -104,6 +104,9 @@ def check_preference(document: Document) -> None:
     if training.get("label_smoothing_factor"):
         message = "labels of tokens are not smoothed here. Remove this key."
         document.add_error(("training", "label_smoothing_factor"), message)
+    if document.section("adapter").get("lora_dropout"):
+        message = "pairs are trained without dropout, as TRL does. Write 0."
+        document.add_error(("adapter", "lora_dropout"), message)
     if document.section("model").get("sequence_parallel") not in (None, 1):
         message = "the log-probability of an answer needs all of its tokens on one GPU. Write 1 here."
         document.add_error(("model", "sequence_parallel"), message)

@@ -13,7 +13,7 @@ from broken_steps import poison, rows, suspects
 from safetensors.torch import load_file
 
 from train.loop.batch_info import BatchInfo
-from train.loop.guards.anomalies import Guards
+from train.loop.guards.anomalies import Guards, Suspect
 from train.loop.output_dir import SUSPECTS
 from train.recipe import GuardsSection
 from train.sft import main
@@ -59,6 +59,20 @@ def test_a_step_that_is_not_finite_changes_no_weight_and_its_row_is_reported(
     saved = load_file(tmp_path / "run" / f"{name}.safetensors")
     saved.pop("model.embed_tokens.weight", None)
     assert all(weight.isfinite().all() for weight in saved.values())
+
+
+def test_documents_without_losses_are_no_suspects(tmp_path: Path) -> None:
+    """Rejected answers, whose pairs have their losses at the chosen ones."""
+    places = ["chosen 1", "rejected 1", "chosen 2", "rejected 2"]
+    guards = Guards(GuardsSection(), Accelerator(cpu=True), lambda sequence: places, str(tmp_path))
+    losses, has_loss = torch.zeros(1, 15), torch.zeros(1, 15, dtype=torch.bool)
+    for position, loss in ((2, 0.5), (9, float("nan"))):
+        losses[0, position], has_loss[0, position] = loss, True
+    guards.add(BatchInfo((0,), np.array([4, 4, 5, 3]), 2), losses, has_loss)
+    guards._spikes.append(Suspect(1, "spike", 1.0, 0.5, guards._rank_rows(only_broken=False)))
+    guards.report_spikes()
+    (suspect,) = suspects(tmp_path)
+    assert [row["place"] for row in suspect["rows"]] == ["chosen 2", "chosen 1"]
 
 
 def test_a_skipped_step_leaves_no_decay_and_no_momentum(

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from broken_steps import poison
 from ranks import launch
 from safetensors.torch import load_file
 from tiny_words import WORDS
@@ -250,6 +251,19 @@ def test_an_interrupted_reference_pass_goes_on(
     assert main(["--recipe", str(recipe)]) == 0
     assert "reference: computing 32 of 40 sequences" in capsys.readouterr().out
     assert_same(tmp_path / "run", uninterrupted(kind) / "run")
+
+
+def test_a_reference_that_is_not_finite_is_refused_with_its_rows(
+    tiny_model: Path, pairs_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, bad = poison(tiny_model, tmp_path / "poisoned"), tmp_path / "bad.jsonl"
+    lines = pairs_file.read_text(encoding="utf-8").splitlines(keepends=True)
+    lines[6] = json.dumps({**json.loads(lines[6]), "prompt": "Z"}) + "\n"
+    bad.write_text("".join(lines), encoding="utf-8")
+    recipe = write_recipe(tmp_path, model, bad, data={"packing": False}, training={"eval_on_start": False})
+    assert main(["--recipe", str(recipe)]) == 2
+    error = " ".join(capsys.readouterr().err.split())
+    assert f"not finite in 1 sequences, the first of which has {bad}:7." in error
 
 
 def test_each_command_names_the_other(

@@ -164,7 +164,7 @@ class Guards:
             for number, (end, length) in enumerate(zip(ends, batch.documents, strict=True)):
                 packed = len(values) < len(batch.documents)  # into one row; a document's first token has no loss
                 part = (0, slice(max(end - length, 0), max(end - 1, 0))) if packed else (number, slice(None))
-                if length > 1 and not values[part].size:  # its tokens are on other processes
+                if length > 1 and not counts[part].any():  # its tokens are elsewhere, or a rejected answer
                     continue
                 documents.append((values[part].sum() / max(counts[part].sum(), 1), batch, number))
         broken = [document for document in documents if not math.isfinite(document[0])]

@@ -5,7 +5,6 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
@@ -162,8 +161,13 @@ class PreferenceTrainer(JanusTrainer):
             self._compute_reference(table, missing, files)
             if self._step_log:
                 self._step_log.restart_clock()
-        if not np.isfinite(table).all():
-            raise UserError("model: the log-probabilities of its answers are not finite before training.")
+        if broken := list_missing(table, self._splits):
+            split, sequence = broken[0]
+            places = ", ".join(self._splits[split].places(sequence)[::2][:3])
+            raise UserError(
+                f"model: before training its log-probabilities of answers are not finite in {len(broken):,} sequences, "
+                f"the first of which has {places}. Inspect these rows, or load the model in another model.dtype."
+            )
         self._write_reference(files, table, cached=False)
         self._reference = torch.from_numpy(table).to(self.args.device)
 

@@ -16,7 +16,6 @@ from transformers import AutoConfig, PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from train.errors import UserError
-from train.model.classifier import as_classifier
 from train.model.text_part import auto_model_class
 
 Change = Callable[[torch.Tensor, torch.dtype], torch.Tensor]
@@ -116,7 +115,10 @@ def _with_adapter(config: Any, adapter: Path) -> PeftModel:
                 f"{adapter}: its {key} can't be merged file by file. Merge it in memory with peft's merge_and_unload."
             )
     if settings.task_type == TaskType.SEQ_CLS:
-        config = as_classifier(config, config.name_or_path)
+        raise UserError(
+            f"{adapter}: an adapter of a reward model, whose head its base lacks. Merge it in memory with peft's "
+            "merge_and_unload."
+        )
     start = settings.init_lora_weights
     if isinstance(start, str) and start not in ("gaussian", "orthogonal", "eva"):
         raise UserError(

@@ -21,11 +21,14 @@ from trl.trainer.reward_trainer import RewardTrainer as TrlRewardTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from train.data.loss_mask import NOT_TRAINED
+from train.errors import UserError
+from train.loop import side_files
 from train.loop.batch_info import BATCH_INFO
 from train.loop.preference.losses import compute_losses, step_loss
 from train.loop.preference.pairs import DOCUMENTS, PAIRS, PairCollator, by_pair, tokens_of
 from train.loop.preference.reward import REWARD_MEANS, find_last_tokens, sum_rewards
 from train.model.classifier import find_score_head, score_tokens
+from train.model.merge import merge_adapter
 from train.preference import main
 from train.recipe.preference import PreferenceSection
 
@@ -290,13 +293,26 @@ def test_a_check_reports_and_plans_a_reward_model(
     assert main(["--recipe", str(recipe), "--check", "adapter={r: 4}"]) == 0
 
 
-def test_a_finished_run_is_found_again(
-    trained: Callable[[str], Path], tiny_model: Path, capsys: pytest.CaptureFixture[str]
+def test_a_finished_run_is_found_again_and_its_files_are_written_again(
+    trained: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["--recipe", str(trained("full").parent / "recipe.yaml")]) == 0
+    run = trained("full")
+    command = ["--recipe", str(run.parent / "recipe.yaml")]
+    assert main(command) == 0
     output = capsys.readouterr().out
     assert "already finished" in output
     assert "missing" not in output
+    config = (run / "config.json").read_text(encoding="utf-8")
+    (run / "config.json").unlink()
+    assert main(command) == 0
+    assert "config.json is missing" in capsys.readouterr().out
+    assert side_files.main([str(run)]) == 0
+    assert json.loads((run / "config.json").read_text(encoding="utf-8")) == json.loads(config)
+
+
+def test_an_adapter_is_not_merged_without_its_head(trained: Callable[[str], Path], tiny_model: Path) -> None:
+    with pytest.raises(UserError, match="adapter of a reward model"):
+        merge_adapter(tiny_model, trained("lora"), trained("lora") / "merged")
 
 
 def test_supervised_training_refuses_a_reward_model_and_reward_training_a_classifier(

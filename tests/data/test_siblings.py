@@ -118,6 +118,10 @@ def test_one_pair_has_each_row_once_as_the_chosen_one_with_a_sibling_drawn_by_th
     drawn = pairs_of(examined(rows, "one"))
     assert Counter(own for own, _ in drawn) == Counter({own for own, _ in expected})
     assert set(drawn) <= expected
+    distinct = [row for row in rows if row["system"].split()[-2] not in ("1", "5")]
+    assert len({row["output"] for row in distinct}) == len({row["system"] for row in distinct}) == len(distinct)
+    rejected = Counter(other for _, other in pairs_of(examined(distinct, "one")))
+    assert set(rejected.values()) == {1}  # each answer is chosen once and rejected once
     assert pairs_of(examined(rows, "one")) == drawn
     assert pairs_of(examined(rows, "one", seed=7)) != drawn
     moved = [*rows[10:], *rows[:10]]  # the draw depends on the rows, not on their order
@@ -252,6 +256,17 @@ def test_templates_that_prompt_for_thoughts_pair_only_answers_of_one_kind(
     rows += [row("maple", {"content": "b"}), row("seven", {"content": "d", **thoughts})]
     data = examined(rows, chat={"template": str(template)})
     assert sorted(pairs_of(data)) == [(1, 3), (2, 4), (3, 1), (4, 2)]
+
+
+def test_an_instruction_of_too_many_rows_is_an_error(examined: Callable[..., PreparedData]) -> None:
+    rows = [{"system": f"river {number}", "prompt": "stone", "output": f"cloud {number}"} for number in range(101)]
+    with pytest.raises(
+        UserError, match=r"data.sources.0: 101 rows have the same instruction, .*siblings.jsonl:1: .*100"
+    ):
+        examined(rows)
+    assert examined(rows, "one").train.stats.rows == 101
+    data = {"sources": [{"path": str(Path(examined(rows, "one").caches[0].source)), "siblings": 3}]}
+    assert examined(rows, data=data).train.stats.rows == 6
 
 
 def test_a_source_without_pairs_is_an_error(rows: list[dict[str, str]], examined: Callable[..., PreparedData]) -> None:

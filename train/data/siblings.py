@@ -11,6 +11,7 @@ siblings have the same instruction (`sibling_key`), another prompt and another a
 import hashlib
 from collections import defaultdict
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Literal
 
 import numpy as np
@@ -26,6 +27,8 @@ from train.recipe import PreferenceSection, Source, TrainingSource
 
 ALONE = "no other row has its instruction under another system message"
 SAME_ANSWER = "its siblings have the same answer"
+_MOST_SIBLINGS = 100
+"""Rows of one instruction that are paired with all others: 9,900 pairs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +101,11 @@ def pair_siblings(
 ) -> tuple[NDArray[np.int64], LeftOutRows]:
     """Return the pairs of rows of one source: int64 [pairs, 2], chosen and rejected; and the rows without one.
 
-    `which`: with one sibling, drawn by the seed and the rows alone, or with all.
+    - one: with one sibling. In an order that the seed and the rows alone decide, each row's is the next one that has
+      another message and another answer. So each answer is rejected about as often as it is chosen.
+    - all: with all siblings.
+
+    Raises UserError, naming `key`, for an instruction of too many rows to pair each with all others.
     """
     groups: dict[bytes, list[int]] = defaultdict(list)
     halves: list[tuple[bytes, bytes]] = []  # digests of prompt and answer
@@ -109,17 +116,23 @@ def pair_siblings(
     unpaired = LeftOutRows(key, len(rows))
     pairs: list[tuple[int, int]] = []
     for members in groups.values():
-        for own in members:
+        if which == "all" and len(members) > _MOST_SIBLINGS:
+            raise UserError(
+                f"{key}: {len(members):,} rows have the same instruction, the first of them "
+                f"{table.place(rows[members[0]])}: too many to pair each with all others. Write `siblings: "
+                f"{_MOST_SIBLINGS}` or less under the source, or `preference.pairs: one`."
+            )
+        members.sort(key=lambda number: _draw(seed, *halves[number]))
+        for position, own in enumerate(members):
             prompt, answer = halves[own]
-            others = [other for other in members if halves[other][0] != prompt]
-            siblings = [other for other in others if halves[other][1] != answer]
-            if not siblings:
-                reason = SAME_ANSWER if others else ALONE
+            others = [*members[position + 1 :], *members[:position]]
+            siblings = (other for other in others if halves[other][0] != prompt and halves[other][1] != answer)
+            own_pairs = [(own, sibling) for sibling in islice(siblings, 1 if which == "one" else None)]
+            pairs += own_pairs
+            if not own_pairs:
+                reason = ALONE if all(halves[other][0] == prompt for other in others) else SAME_ANSWER
                 detail = f"{format_count(len(members), 'row')} with its instruction"
                 unpaired.reasons.setdefault(reason, BadRows()).add(table.place(rows[own]), detail)
-            elif which == "one":
-                siblings = [min(siblings, key=lambda other: _draw(seed, *halves[own], *halves[other]))]
-            pairs += [(own, sibling) for sibling in siblings]
     numbers = np.array(sorted(pairs), np.int64).reshape(-1, 2)
     return rows[numbers], unpaired
 

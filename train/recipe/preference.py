@@ -49,9 +49,9 @@ class PreferenceSection(Section):
     takes 0.01); null = 0."""
     pairs: Literal["one", "all"] = "one"
     """Pairs of sources whose rows have no `chosen` and `rejected`. Rows with the same instruction under other system
-    messages are siblings: each row's answer is chosen under its own message, and a sibling's is rejected. one = a
-    sibling drawn by `seed`; all = one pair for each sibling, so that of two rows each answer is chosen once and
-    rejected once."""
+    messages are siblings: each row's answer is chosen under its own message, and a sibling's is rejected. one = with
+    one sibling, in an order drawn by `seed`, so that each answer is rejected about as often as chosen; all = with each
+    sibling, at most 100 of an instruction."""
 
     @model_serializer(mode="wrap")
     def _leave_out_others(self, serialize: Callable[["PreferenceSection"], dict[str, Any]]) -> dict[str, Any]:

@@ -2,8 +2,11 @@
 
 import copy
 import json
+from pathlib import Path
 from typing import Any
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 from train.data.sources.formats import Conversation, RowError, detect
@@ -114,6 +117,17 @@ def test_the_pairs_of_our_collection_are_read() -> None:
         assert pair.rejected.messages == [turn("system", system), USER, other]
 
 
+def test_the_pairs_of_a_parquet_file_are_read(tmp_path: Path) -> None:
+    """As the hub has them: lists of structs."""
+    rows = [SAME_PAIR["hub's Multifaceted-Collection-DPO and -ORPO"]] * 2
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "train-00000-of-00001.parquet")
+    read = [row for _, row in read_rows(Source(path=str(tmp_path)))]
+    assert [read_pair(row, "") for row in read] == [read_pair(row, "") for row in rows]
+    unread: dict[str, list[Any]] = {}
+    read_pair(read[0], "", unread=unread)
+    assert unread.keys() == {"main_source", "original_source"}
+
+
 def test_the_prompt_is_what_both_halves_begin_with_and_its_answers_are_not_trained() -> None:
     history = [USER, GOOD, turn("user", "And coffee?")]
     row = {"chosen": [*history, turn("assistant", "Too.")], "rejected": [*history, turn("assistant", "No.")]}
@@ -178,7 +192,7 @@ def test_columns_that_are_not_read_are_collected_and_repeated_prompts_are_not() 
     assert unread == {"chosen[].note": ["chosen"], "rejected[].note": ["rejected"]}
 
 
-def test_pairs_are_no_format_of_single_answers(tmp_path) -> None:
+def test_pairs_are_no_format_of_single_answers(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="section `preference`"):
         detect(["prompt", "chosen", "rejected"])
     assert detect(["messages", "chosen", "rejected"]) == "messages"

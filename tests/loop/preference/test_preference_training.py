@@ -258,12 +258,12 @@ def test_a_reference_that_is_not_finite_is_refused_with_its_rows(
 ) -> None:
     model, bad = poison(tiny_model, tmp_path / "poisoned"), tmp_path / "bad.jsonl"
     lines = pairs_file.read_text(encoding="utf-8").splitlines(keepends=True)
-    lines[6] = json.dumps({**json.loads(lines[6]), "prompt": "Z"}) + "\n"
+    lines[35] = json.dumps({**json.loads(lines[35]), "prompt": "Z"}) + "\n"
     bad.write_text("".join(lines), encoding="utf-8")
     recipe = write_recipe(tmp_path, model, bad, data={"packing": False}, training={"eval_on_start": False})
     assert main(["--recipe", str(recipe)]) == 2
     error = " ".join(capsys.readouterr().err.split())
-    assert f"not finite in 1 sequences, the first of which has {bad}:7." in error
+    assert f"not finite in 1 sequence, the first of which has {bad}:36." in error
 
 
 def test_each_command_names_the_other(

@@ -25,8 +25,9 @@ _PROVEN = 2
 class PreferenceTokenizer(RowTokenizer):
     """Rows of preference training -> tokens.
 
-    A row of the format preference is a conversation of two rows of the token table. Other rows become one row each,
-    whose last answer can be joined to the prompt of a sibling. The `question` of a row is its instruction.
+    A row of the format preference is a conversation of two rows of the token table. Other rows (`train_on: last`)
+    become one row each, whose answer can be joined to the prompt of a sibling. The `question` of a row is its
+    instruction.
     """
 
     def encode_chunk(self, file: int, chunk: Chunk, format: str) -> tuple[pyarrow.RecordBatch, RowIssues]:
@@ -37,15 +38,10 @@ class PreferenceTokenizer(RowTokenizer):
         if format == PREFERENCE:
             return self._encode_pairs(file, chunk)
         encoded, issues = self.encode_rows(file, chunk, format)
-        kept = []
-        for conversation, rows in encoded:
-            if len(rows) > 1:
-                issues.add(_split_error("a conversation"), file, conversation.place)
-            else:
-                kept.append((conversation, rows[0], _last_answer(conversation)))
-        questions = [digest_instruction(conversation, answer) for conversation, _, answer in kept]
-        self._prove(kept, questions)
-        return make_batch(file, [(conversation, [row]) for conversation, row, _ in kept], questions=questions), issues
+        rows = [(conversation, row, _last_answer(conversation)) for conversation, (row,) in encoded]
+        questions = [digest_instruction(conversation, answer) for conversation, _, answer in rows]
+        self._prove(rows, questions)
+        return make_batch(file, encoded, questions=questions), issues
 
     def _encode_pairs(self, file: int, chunk: Chunk) -> tuple[pyarrow.RecordBatch, RowIssues]:
         pairs: list[tuple[Pair, Unread]] = []
@@ -96,10 +92,11 @@ class PreferenceTokenizer(RowTokenizer):
             ids, trained = join_answer(_tokens(rows[first][1]), _tokens(rows[second][1]))
             whole = None if isinstance(result, RowError) or len(result) > 1 else result[0]
             if whole is None or not (np.array_equal(whole.ids, ids) and np.array_equal(whole.trained, trained)):
+                own, other = ("".join(filter(str.isdigit, rows[number][0].place)) for number in (first, second))
                 raise UserError(
-                    "rows can't be paired with their siblings: under this template the tokens of the answer in "
-                    f"{rows[second][0].place} are others after the prompt of {rows[first][0].place}. Write rows with "
-                    "`chosen` and `rejected`, or choose another `chat.template`."
+                    f"rows can't be paired with their siblings: under this template the answer of row {other} has "
+                    f"other tokens after the prompt of row {own}. Write rows with `chosen` and `rejected`, or choose "
+                    "another `chat.template`."
                 )
 
 
@@ -113,13 +110,11 @@ def _single_row(result: list[EncodedRow] | RowError) -> EncodedRow:
     if isinstance(result, RowError):
         raise result
     if len(result) > 1:
-        raise _split_error("a half of the pair")
+        detail = (
+            "the template rewrites earlier turns, so one half becomes several rows; `chat.train_on: last` trains one"
+        )
+        raise RowError("several rows of one pair", detail)
     return result[0]
-
-
-def _split_error(what: str) -> RowError:
-    detail = f"the template rewrites earlier turns, so {what} becomes several rows; `chat.train_on: last` trains one"
-    return RowError("several rows of one pair", detail)
 
 
 def _tokens(row: EncodedRow) -> Tokens:

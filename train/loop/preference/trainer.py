@@ -13,6 +13,7 @@ from trl.trainer.utils import disable_dropout_in_model
 
 from train.data.prepared_data import PreparedData
 from train.errors import UserError
+from train.formatting import format_count
 from train.loop.batch_info import BATCH_INFO, BatchInfo
 from train.loop.loss import needs_logits, score_labels
 from train.loop.preemption_callback import EvaluationStoppedError
@@ -165,8 +166,9 @@ class PreferenceTrainer(JanusTrainer):
             split, sequence = broken[0]
             places = ", ".join(self._splits[split].places(sequence)[::2][:3])
             raise UserError(
-                f"model: before training its log-probabilities of answers are not finite in {len(broken):,} sequences, "
-                f"the first of which has {places}. Inspect these rows, or load the model in another model.dtype."
+                "model: before training its log-probabilities of answers are not finite in "
+                f"{format_count(len(broken), 'sequence')}, the first of which has {places}. Inspect them, or load "
+                "the model in another model.dtype."
             )
         self._write_reference(files, table, cached=False)
         self._reference = torch.from_numpy(table).to(self.args.device)

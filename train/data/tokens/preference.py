@@ -92,12 +92,16 @@ class PreferenceTokenizer(RowTokenizer):
             ids, trained = join_answer(_tokens(rows[first][1]), _tokens(rows[second][1]))
             whole = None if isinstance(result, RowError) or len(result) > 1 else result[0]
             if whole is None or not (np.array_equal(whole.ids, ids) and np.array_equal(whole.trained, trained)):
-                own, other = ("".join(filter(str.isdigit, rows[number][0].place)) for number in (first, second))
+                prompt_row, answer_row = (_row_number(rows[number][0]) for number in (first, second))
                 raise UserError(
-                    f"rows can't be paired with their siblings: under this template the answer of row {other} has "
-                    f"other tokens after the prompt of row {own}. Write rows with `chosen` and `rejected`, or choose "
-                    "another `chat.template`."
+                    f"rows can't be paired with their siblings: under this template the answer of row {answer_row} has "
+                    f"other tokens after the prompt of row {prompt_row}. Write rows with `chosen` and `rejected`, or "
+                    "choose another `chat.template`."
                 )
+
+
+def _row_number(conversation: Conversation) -> str:
+    return "".join(filter(str.isdigit, conversation.place))
 
 
 def _last_answer(conversation: Conversation) -> int:

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 from trl import SFTConfig
 from trl.trainer.utils import disable_dropout_in_model
 
+from train.data.loss_mask import NOT_TRAINED
 from train.data.prepared_data import PreparedData
 from train.errors import UserError
 from train.formatting import format_count
@@ -91,7 +92,7 @@ class PreferenceTrainer(JanusTrainer):
         """Return the loss of the pairs of a micro-batch, and add its sums on the device."""
         batch: BatchInfo = inputs.pop(BATCH_INFO)  # type: ignore[assignment]
         numbers, documents = inputs.pop(PAIRS), inputs.pop(DOCUMENTS)
-        training = self.model.training
+        training, trained = self.model.training, inputs["labels"][:, 1:] != NOT_TRAINED
         with self._throughput.timed("forward"):
             outputs, scores = self._score(model, inputs, documents, len(numbers))
             losses = compute_losses(self._section, scores, self._reference_of(numbers, training=training))
@@ -103,10 +104,10 @@ class PreferenceTrainer(JanusTrainer):
         if training:
             self._count(batch, sums)
             self._guards.add(replace(batch, trained_tokens=len(numbers)), token_losses, has_loss)
-            self._sources.add(batch, token_losses, outputs.label_mask, weights=has_loss)  # one for each pair
+            self._sources.add(batch, token_losses, trained, weights=has_loss)  # one for each pair
         else:
             self._evaluated += sums
-            self._evaluated_sources.add(batch, token_losses, outputs.label_mask, weights=has_loss)
+            self._evaluated_sources.add(batch, token_losses, trained, weights=has_loss)
         return loss
 
     def _score(

@@ -61,6 +61,14 @@ def test_a_recipe_with_the_section_round_trips_and_is_recorded(recipe_file: Path
     assert {"output_dir", "tracking"}.isdisjoint(key.split(".")[0] for key in run_fingerprint(recipe))
 
 
+def test_a_section_without_the_keys_of_other_losses_round_trips(recipe_file: Path) -> None:
+    recipe = load_recipe(recipe_file, ["preference={loss: orpo, beta: 0.3}"])
+    resolved = recipe_file.with_name("resolved.yaml")
+    resolved.write_text(recipe.to_yaml(), encoding="utf-8")
+    assert load_recipe(resolved) == recipe
+    assert "loss_type" not in yaml.safe_load(recipe.to_yaml())["preference"]
+
+
 @pytest.mark.parametrize("metric", PREFERENCE_METRICS)
 def test_more_is_better_for_the_metrics_that_select_a_model(recipe_file: Path, metric: str) -> None:
     overrides = [f"training.metric_for_best_model=eval_{metric}", "training.load_best_model_at_end=true"]

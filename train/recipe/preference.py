@@ -1,8 +1,9 @@
 """Section `preference`: training on pairs of a chosen and a rejected answer, with the names of TRL's DPOConfig."""
 
+from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_serializer
 
 from train.recipe.section import Section
 from train.recipe.sft_config import TOKEN_LOSSES
@@ -38,6 +39,12 @@ class PreferenceSection(Section):
     messages are siblings: each row's answer is chosen under its own message, and a sibling's is rejected. one = with
     one sibling, in an order drawn by `seed`, so that each answer is rejected about as often as chosen; all = with each
     sibling, at most 100 of an instruction."""
+
+    @model_serializer(mode="wrap")
+    def _leave_out_others(self, serialize: Callable[["PreferenceSection"], dict[str, Any]]) -> dict[str, Any]:
+        """Return the keys that the loss has."""
+        others = () if self.loss == "dpo" else _ONLY_DPO
+        return {name: value for name, value in serialize(self).items() if name not in others}
 
     def describe(self) -> str:
         """Return the loss and its settings: `dpo, loss_type: [sigmoid], beta: 0.1`."""

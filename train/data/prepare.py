@@ -98,13 +98,13 @@ def examine(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> PreparedData:
         ]
     training = [apply_weight(*sources[source], numbers, recipe.seed) for source, numbers in enumerate(training)]
 
-    # The number of sequences is a multiple of those of one step over all ranks, so ranks get equally many, and the
-    # sequences are the same however a step is divided into ranks, batches and accumulation.
     def build(numbers: NDArray[np.int64], multiple_of: int) -> tuple[Split, NDArray[np.int64]]:
         if pairs is not None:
             return build_pair_split(pairs.select(numbers), recipe, multiple_of)
         return build_split(numbers, table, recipe, multiple_of)
 
+    # The number of sequences is a multiple of those of one step over all ranks, so ranks get equally many, and the
+    # sequences are the same however a step is divided into ranks, batches and accumulation.
     train, trained = build(np.concatenate(training), sequences_per_step(recipe, world_size()))
     validation_split: Split | None = None
     overlap = Overlap()

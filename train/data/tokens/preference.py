@@ -10,9 +10,8 @@ import pyarrow
 from train.data.loss_mask import EncodedRow
 from train.data.sources.formats import Conversation, RowError
 from train.data.sources.loss_weights import weight_of
-from train.data.sources.pairs import PREFERENCE, Pair, read_pair
+from train.data.sources.pairs import PREFERENCE, read_pair
 from train.data.sources.readers import Chunk
-from train.data.sources.unread_text import Unread
 from train.data.tokens.pairs import Tokens, join_answer, sibling_key
 from train.data.tokens.table import RowIssues, digest_instruction, make_batch
 from train.data.tokens.workers import RowTokenizer
@@ -44,16 +43,8 @@ class PreferenceTokenizer(RowTokenizer):
         return make_batch(file, encoded, questions=questions), issues
 
     def _encode_pairs(self, file: int, chunk: Chunk) -> tuple[pyarrow.RecordBatch, RowIssues]:
-        pairs: list[tuple[Pair, Unread]] = []
         issues = RowIssues()
-        for place, row in chunk.rows():
-            try:
-                if isinstance(row, RowError):
-                    raise row
-                unread: Unread = {}
-                pairs.append((read_pair(row, place, ignore=self.ignore, unread=unread), unread))
-            except RowError as error:
-                issues.add(error, file, place)
+        pairs = [*self.read_rows(file, chunk, issues, read_pair)]
         results = self.encode([half for pair, _ in pairs for half in (pair.chosen, pair.rejected)])
         rows: list[tuple[Conversation, list[EncodedRow]]] = []
         questions = []

@@ -7,11 +7,13 @@ import signal
 import threading
 import warnings
 from collections import deque
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
+from functools import partial
 from itertools import chain, islice
+from typing import TypeVar
 
 import pyarrow
 from transformers import PreTrainedTokenizerBase
@@ -25,6 +27,7 @@ from train.data.sources.unread_text import Unread
 from train.data.tokens.table import RowIssues, make_batch
 from train.errors import UserError
 
+Read = TypeVar("Read")
 _CHUNKS_AHEAD = 2
 """Chunks in flight for each process: the one that it works on, and the next."""
 
@@ -91,22 +94,30 @@ class RowTokenizer:
         encoded, issues = self.encode_rows(file, chunk, format)
         return make_batch(file, encoded), issues
 
-    def encode_rows(
-        self, file: int, chunk: Chunk, format: str
-    ) -> tuple[list[tuple[Conversation, list[EncodedRow]]], RowIssues]:
-        """Return the conversations of a chunk that can be trained, each with its rows, and the issues of the chunk."""
-        conversations: list[Conversation] = []
-        unread: list[Unread] = []
-        issues = RowIssues()
+    def read_rows(
+        self, file: int, chunk: Chunk, issues: RowIssues, read: Callable[..., Read]
+    ) -> Iterator[tuple[Read, Unread]]:
+        """Yield what `read` makes of each row of a chunk, with the values that it did not read.
+
+        `issues`: counts the rows for which it raises RowError. `read`: takes a row, and `place`, `ignore`, `unread` by
+        name.
+        """
         for place, row in chunk.rows():
             try:
                 if isinstance(row, RowError):
                     raise row
-                unread_of_row: Unread = {}
-                conversations.append(read_row(row, format, place, ignore=self.ignore, unread=unread_of_row))
-                unread.append(unread_of_row)
+                unread: Unread = {}
+                yield read(row, place=place, ignore=self.ignore, unread=unread), unread
             except RowError as error:
                 issues.add(error, file, place)
+
+    def encode_rows(
+        self, file: int, chunk: Chunk, format: str
+    ) -> tuple[list[tuple[Conversation, list[EncodedRow]]], RowIssues]:
+        """Return the conversations of a chunk that can be trained, each with its rows, and the issues of the chunk."""
+        issues = RowIssues()
+        read = [*self.read_rows(file, chunk, issues, partial(read_row, format=format))]
+        conversations, unread = [conversation for conversation, _ in read], [values for _, values in read]
         encoded: list[tuple[Conversation, list[EncodedRow]]] = []
         results = self.encode(conversations)
         issues.escaped = sum(self.escaped)

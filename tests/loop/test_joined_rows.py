@@ -162,6 +162,7 @@ def test_models_with_a_state_are_padded(kind: str, takes: bool) -> None:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
     assert not takes_borders(model)
-    for kernel in varlen.NAME, "flash_attention_2", "kernels-community/flash-attn3", "sdpa", "flex_attention":
+    joining = (varlen.NAME, varlen.BY_DOCUMENT, "flash_attention_2", "kernels-community/flash-attn3")
+    for kernel in (*joining, "sdpa", "flex_attention"):
         model.config._attn_implementation_internal = kernel
-        assert takes_borders(model) == (takes and kernel not in ("sdpa", "flex_attention")), kernel
+        assert takes_borders(model) == (takes and kernel in joining), kernel

@@ -40,6 +40,7 @@ AttentionName = Literal[
     "flash_attention_2",
     "torch_varlen",
     "flex_attention",
+    "sdpa_by_document",
     "sdpa",
     "eager",
 ]
@@ -76,7 +77,8 @@ class ModelSection(Section):
     that torch ships; flash_attention_N require the packages flash-attn-4, flash-attn-3 (built from source) or
     flash-attn; kernels-community/flash-attn3 and others (publisher/kernel[@revision], with :function where transformers
     doesn't know the kernel) = compiled kernels of the hub, through the package kernels; sdpa and eager compute
-    attention across documents and mask it."""
+    attention across documents and mask it; sdpa_by_document = sdpa over one packed document after the other, for
+    CPUs, where auto takes it for pairs."""
     sequence_parallel: int = Field(default=1, ge=1)
     """GPUs that share each sequence, for sequences too long for one (DeepSpeed-Ulysses, arXiv:2309.14509). Each GPU
     holds the activations of its part of the tokens, and computes attention over all tokens for its part of the heads:

@@ -1,7 +1,7 @@
 """Attention kernels against float32, forward and backward: head sizes, GQA, windows, soft-capping, sinks, borders.
 
-The same tests run on a CPU with the kernels that it has: sdpa, the eager attention of models, and torch_varlen with a
-stand-in for torch's kernel. On a GPU they run each kernel that is installed or in the hub's cache.
+The same tests run on a CPU with the kernels that it has: sdpa, also by document, the eager attention of models, and
+torch_varlen with a stand-in for torch's kernel. On a GPU they run each kernel that is installed or in the hub's cache.
 """
 
 from collections.abc import Callable
@@ -27,7 +27,7 @@ from train.model.load import load_config
 from train.recipe import load_recipe
 
 EAGER = "eager_of_models"
-HERE = (varlen.NAME, "sdpa", EAGER)
+HERE = (varlen.NAME, varlen.BY_DOCUMENT, "sdpa", EAGER)
 if torch.cuda.is_available():
     HERE += ("flex_attention", *DISTRIBUTIONS, *HUB_KERNELS.values(), *ROCM_HUB_KERNELS.values())
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

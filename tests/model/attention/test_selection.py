@@ -9,7 +9,7 @@ import torch
 import transformers
 
 from train.errors import UserError
-from train.model.attention.selection import Machine, Needs, attention_needs, choose_attention
+from train.model.attention.selection import Machine, Needs, attention_needs, choose_attention, select_attention
 from train.recipe import load_recipe
 
 A100, HOPPER, BLACKWELL, CPU = (8, 0), (9, 0), (10, 0), None
@@ -42,6 +42,13 @@ def test_without_packages_torchs_own_kernels() -> None:
 def test_without_a_gpu() -> None:
     assert auto(capability=CPU) == "sdpa: FlashAttention needs a CUDA device"
     assert auto(replace(LLAMA, softcap=50.0), CPU).startswith("eager: FlashAttention needs a CUDA device; sdpa does no")
+    pairs = replace(LLAMA, pairs=True)
+    assert auto(pairs, CPU) == "sdpa_by_document: FlashAttention needs a CUDA device"
+    assert auto(pairs) == auto()
+    for other in {"registered": False}, {"dropout": 0.1}:
+        assert auto(replace(pairs, **other), CPU).startswith(
+            "sdpa: FlashAttention needs a CUDA device; sdpa_by_documen"
+        )
 
 
 @pytest.mark.parametrize(
@@ -216,6 +223,15 @@ def test_requirements_of_a_model_with_its_own_code(recipe_file: Callable[..., Pa
         choose_attention("flash_attention_2", attention_needs(by_name, config), Machine(HOPPER, ALL)).kernel
         == "flash_attention_2"
     )
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the choice on a CPU")
+def test_pairs_on_a_cpu(recipe_file: Callable[..., Path]) -> None:
+    choices = [
+        select_attention(load_recipe(recipe_file(**sections)), transformers.LlamaConfig()).kernel
+        for sections in ({}, {"preference": {"loss": "dpo"}})
+    ]
+    assert choices == ["sdpa", "sdpa_by_document"]
 
 
 def test_the_start_screen_shows_the_kernel_and_the_reasons(recipe_file: Callable[..., Path], capsys) -> None:

@@ -1,4 +1,4 @@
-"""torch_varlen against attention computed document by document, with stand-ins for torch's kernel and on a GPU."""
+"""torch_varlen against attention under a dense mask, with stand-ins for torch's kernel and on a GPU; sdpa_by_document."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,9 +18,12 @@ from train.model.attention.kernel_test import check_kernel
 HEADS, KEY_HEADS, SIZE = 4, 2, 16
 
 
-@pytest.fixture(params=VERSIONS)
+@pytest.fixture(params=[*VERSIONS, varlen.BY_DOCUMENT])
 def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    monkeypatch.setattr(varlen, "KERNEL", stand_in_kernel(request.param))
+    if request.param == varlen.BY_DOCUMENT:
+        monkeypatch.setattr(varlen, "flash_varlen", varlen.sdpa_by_document)
+    else:
+        monkeypatch.setattr(varlen, "KERNEL", stand_in_kernel(request.param))
     RUNS.clear()
     return request.param
 
@@ -184,6 +187,7 @@ def test_a_complete_model_gives_the_logits_of_sdpa(kernel: str, tiny_model: Path
     assert torch.equal(*answers)
 
 
+@pytest.mark.parametrize("kernel", VERSIONS, indirect=True)
 @pytest.mark.parametrize("selective", [True, False])
 def test_selective_checkpointing_keeps_the_output_of_attention(kernel: str, selective: bool, tiny_model: Path) -> None:
     """With TRL's, the kernel runs once per layer, without it once more, and the gradients are bitwise equal."""

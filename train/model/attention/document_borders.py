@@ -3,8 +3,8 @@
 padded     [ a a a . . ]        joined     [ a a a | b b b b b ]      borders 0, 3, 8; positions restart
            [ b b b b b ]
 
-FlashAttention takes the borders and computes nothing across them, so that a joined batch costs what its rows do. Other
-kernels would compute the attention of each row to all rows and mask it: for them padding costs less.
+FlashAttention and sdpa_by_document take the borders and compute nothing across them, so that a joined batch costs what
+its rows do. Other kernels would compute the attention of each row to all rows and mask it: for them padding costs less.
 """
 
 from transformers import PreTrainedModel
@@ -25,4 +25,5 @@ def takes_borders(model: PreTrainedModel) -> bool:
     config = model.config.get_text_config()
     layers = getattr(config, "layer_types", None) or _ATTENTION
     attends_only = not getattr(model, "_is_stateful", False) and _ATTENTION.issuperset(layers)
-    return attends_only and (config._attn_implementation == varlen.NAME or is_flash_attention_requested(config))
+    by_borders = config._attn_implementation in (varlen.NAME, varlen.BY_DOCUMENT)
+    return attends_only and (by_borders or is_flash_attention_requested(config))

@@ -67,6 +67,8 @@ class Needs:
     """Use of transformers' AttentionInterface, where torch_varlen is registered; other code ignores it."""
     flex: bool = True
     sdpa: bool = True
+    pairs: bool = False
+    """The rows of a sequence are pairs, in preference training (of `select_attention` only)."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +97,13 @@ def model_objection(kernel: str, needs: Needs) -> str | None:
     """Return why `kernel` is not for this model and recipe on any machine, as `objection`."""
     if kernel == "eager":
         return None
-    if kernel == "sdpa":
+    if kernel == varlen.BY_DOCUMENT:
+        extras = {"attention sinks": needs.sinks, "dropout": needs.dropout}
+        if unsupported := [name for name, used in extras.items() if used]:
+            return f"does not support {unsupported[0]}, which this model uses"
+        if not needs.registered:
+            return "is not supported by this model's code"
+    if kernel in ("sdpa", varlen.BY_DOCUMENT):
         if needs.softcap:
             return "does not support soft-capping of scores, which this model uses"
         return None if needs.sdpa else "is not supported by this model's code"
@@ -112,7 +120,7 @@ def model_objection(kernel: str, needs: Needs) -> str | None:
 
 def machine_objection(kernel: str, needs: Needs, here: Machine) -> str | None:
     """Return why `kernel` can't run this model on this machine, as `objection`."""
-    if kernel in ("eager", "sdpa"):
+    if kernel in ("eager", "sdpa", varlen.BY_DOCUMENT):
         return None
     if kernel != "flex_attention" and (reason := missing(kernel, here)):
         return reason

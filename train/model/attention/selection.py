@@ -3,7 +3,7 @@
 import importlib.metadata
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import torch
@@ -69,7 +69,8 @@ class AttentionChoice:
 
 def select_attention(recipe: Recipe, config: PretrainedConfig) -> AttentionChoice:
     """Select the kernel for a recipe and a model's `config`, and test it on a CUDA device. Raises UserError."""
-    return choose_attention(recipe.model.attention, attention_needs(recipe, config), machine(), check=_check_once)
+    needs = replace(attention_needs(recipe, config), pairs=recipe.preference is not None)
+    return choose_attention(recipe.model.attention, needs, machine(), check=_check_once)
 
 
 def attention_needs(recipe: Recipe, config: PretrainedConfig) -> Needs:
@@ -165,7 +166,7 @@ def choose_attention(
     1. the versions of FlashAttention for this device, the fastest first: each as an installed package, else as a kernel
        of the hub where that is in the cache (nothing is downloaded);
     2. torch's own FlashAttention kernels for variable lengths;
-    3. PyTorch's scaled-dot-product attention;
+    3. PyTorch's scaled-dot-product attention; for pairs on a CPU over one document after the other;
     4. for scores that it can't compute (soft-capping, attention sinks) flex_attention, which has to be compiled, or
        eager attention without a CUDA device.
 
@@ -196,6 +197,8 @@ def choose_attention(
     order, reasons = [*_flash_kernels(here), varlen.NAME, "sdpa", "flex_attention"], []
     if here.capability is None:
         order, reasons = ["sdpa"], ["FlashAttention needs a CUDA device"]
+        if needs.pairs:  # runs without pairs keep the losses that they had before it, to the bit
+            order.insert(0, varlen.BY_DOCUMENT)
     for kernel in order:
         reason = objection(kernel, needs, here) or failure_of(kernel)
         if reason is None:

@@ -1,13 +1,20 @@
-"""torch_varlen: FlashAttention for packed documents with the kernels that torch ships, registered with transformers.
+"""Attention within packed documents with what torch ships, registered with transformers: torch_varlen for GPUs, and
+sdpa_by_document for CPUs.
 
 torch.nn.attention.varlen (torch 2.10 and later) is FlashAttention-2 (Dao 2023, arXiv:2307.08691) over one row of tokens
 with the borders of its documents; nothing has to be compiled or installed besides torch. It is called through an
 operator of our own: TRL's selective checkpointing (training.gradient_checkpointing_kwargs: {selective: true}) keeps
 the output of operators with `flash_attn` in their name (selective_activation_checkpointing.py in trl/models, 1.16).
 The name of torch's has not, so its output would be computed again.
+
+On a CPU PyTorch's scaled-dot-product attention is FlashAttention too. Over one document after the other it computes
+none of the scores between documents, and skips those that lie ahead. Forward and backward of 4,000 tokens in four
+documents take 10 us per token; under sdpa's mask they take 73 (4 heads of 16, one core).
 """
 
 import importlib.util
+from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -17,12 +24,15 @@ from transformers.integrations.flash_attention import get_target_dtype
 from transformers.masking_utils import flash_attention_mask
 
 NAME = "torch_varlen"
+BY_DOCUMENT = "sdpa_by_document"
 
 
 def register() -> None:
-    """Register `torch_varlen` with transformers: the kernel, and FlashAttention's masks (2-D or none)."""
+    """Register both with transformers: the kernels, and FlashAttention's masks (2-D or none)."""
     AttentionInterface.register(NAME, attention)
-    AttentionMaskInterface.register(NAME, flash_attention_mask)
+    AttentionInterface.register(BY_DOCUMENT, partial(attention, compute=sdpa_by_document))
+    for name in (NAME, BY_DOCUMENT):
+        AttentionMaskInterface.register(name, flash_attention_mask)
 
 
 class Kernel(NamedTuple):
@@ -87,6 +97,7 @@ def attention(
     is_causal: bool | None = None,
     softcap: float | None = None,
     s_aux: torch.Tensor | None = None,
+    compute: Callable[..., torch.Tensor] | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """Compute attention in transformers' interface: [batch, heads, tokens, size] -> [batch, tokens, heads, value size].
@@ -95,14 +106,15 @@ def attention(
       [batch, tokens], else by `position_ids` that restart.
     - `key` and `value` may have fewer heads (GQA) and more tokens (a cache: the queries are the last ones), and `value`
       a smaller size (MLA).
+    - `compute` has the arguments of `flash_varlen`, which is the default.
 
     Raises ValueError for what torch's kernel doesn't support: dropout, soft-capping, attention sinks, 4-D masks.
     """
     for feature, used in ("dropout", dropout), ("soft-capping", softcap), ("attention sinks", s_aux is not None):
         if used:
-            raise ValueError(f"{NAME} does not support {feature}. Write another `model.attention`.")
+            raise ValueError(f"This attention does not support {feature}. Write another `model.attention`.")
     if attention_mask is not None and attention_mask.ndim != 2:
-        raise ValueError(f"{NAME} takes a padding mask [batch, tokens], found {list(attention_mask.shape)}.")
+        raise ValueError(f"This attention takes a padding mask [batch, tokens], found {list(attention_mask.shape)}.")
     batch, _, query_tokens, size = query.shape
     target = get_target_dtype(query, module)  # under autocast RoPE and norms in float32 return float32
     if target is not None:
@@ -135,7 +147,8 @@ def attention(
     needs_window = "window_size" in kernel_parameters() or sliding_window is None or of_keys.longest > sliding_window
     window = sliding_window if needs_window else None
     scale = size**-0.5 if scaling is None else scaling
-    output = flash_varlen(query, key, value, of_queries, of_keys, scale=scale, causal=causal, window=window)
+    compute = compute or flash_varlen
+    output = compute(query, key, value, of_queries, of_keys, scale=scale, causal=causal, window=window)
     if unpadded is not None:
         output = output.new_zeros(batch * query_tokens, *output.shape[1:]).index_copy(0, unpadded, output)
     return output.view(batch, query_tokens, -1, size)[..., :value_size], None
@@ -174,6 +187,41 @@ def flash_varlen(
         query, key, value, of_queries.borders, of_keys.borders, of_queries.longest, of_keys.longest, scale, sides
     )
     return output
+
+
+def sdpa_by_document(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    of_queries: Documents,
+    of_keys: Documents,
+    *,
+    scale: float,
+    causal: bool,
+    window: int | None,
+) -> torch.Tensor:
+    """Return what `flash_varlen` does, computed by PyTorch's attention for one document after the other."""
+    groups = query.shape[1] // key.shape[1]
+    if groups > 1:
+        key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    lengths = [documents.borders.diff().tolist() for documents in (of_queries, of_keys, of_keys)]
+    outputs = []
+    for tensors in zip(*map(torch.split, (query, key, value), lengths), strict=True):
+        tokens, key_tokens = len(tensors[0]), len(tensors[1])
+        mask = None
+        if tokens != key_tokens or (window is not None and key_tokens > window):
+            behind = torch.arange(key_tokens - tokens, key_tokens)[:, None] - torch.arange(key_tokens)
+            longest = key_tokens if window is None else window
+            mask = (behind < longest) & (behind >= (0 if causal else 1 - longest))
+            mask = mask.to(query.device)
+        output = functional.scaled_dot_product_attention(
+            *(states.transpose(0, 1)[None] for states in tensors),
+            attn_mask=mask,
+            is_causal=causal and mask is None,
+            scale=scale,
+        )
+        outputs.append(output[0].transpose(0, 1))
+    return torch.cat(outputs)
 
 
 def _forward(

@@ -14,7 +14,7 @@ COMMANDS = {
     "train/sft.py": [()],
     "train/preference.py": [()],
     "scripts/evaluate.py": [(), *((name,) for name in ("rules", "gain", "ifeval", "bench", "harness", "compare"))],
-    "scripts/benchmark.py": [(), ("data",), ("train",), ("sysgen",)],
+    "scripts/benchmark.py": [(), ("data",), ("train",), ("preference",), ("sysgen",)],
     "scripts/slurm/node_check.py": [()],
     **{
         f"scripts/{name}.py": [()]

@@ -207,7 +207,8 @@ def sdpa_by_document(
     lengths = [documents.borders.diff().tolist() for documents in (of_queries, of_keys, of_keys)]
     outputs = []
     for tensors in zip(*map(torch.split, (query, key, value), lengths), strict=True):
-        tokens, key_tokens = len(tensors[0]), len(tensors[1])
+        queries, keys, values = (states.transpose(0, 1)[None] for states in tensors)  # [1, heads, tokens, size]
+        tokens, key_tokens = queries.shape[2], keys.shape[2]
         mask = None
         if tokens != key_tokens or (window is not None and key_tokens > window):
             behind = torch.arange(key_tokens - tokens, key_tokens)[:, None] - torch.arange(key_tokens)
@@ -215,10 +216,7 @@ def sdpa_by_document(
             mask = (behind < longest) & (behind >= (0 if causal else 1 - longest))
             mask = mask.to(query.device)
         output = functional.scaled_dot_product_attention(
-            *(states.transpose(0, 1)[None] for states in tensors),
-            attn_mask=mask,
-            is_causal=causal and mask is None,
-            scale=scale,
+            queries, keys, values, attn_mask=mask, is_causal=causal and mask is None, scale=scale
         )
         outputs.append(output[0].transpose(0, 1))
     return torch.cat(outputs)

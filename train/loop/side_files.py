@@ -33,7 +33,7 @@ from train.cli import CommandLine, run_command
 from train.errors import USER_FIXABLE_ERRNOS, UserError
 from train.loop.output_dir import CARD, CARD_MARK, is_foreign_card, unwritable_files
 from train.model.adapters import lora_config
-from train.model.load import copy_processor, load_config
+from train.model.load import copy_processor, trained_config
 from train.model.text_part import build_meta_model, find_idle_parameters
 from train.recipe import Recipe
 
@@ -170,7 +170,7 @@ def _save_adapter_config(model: "PeftModel", folder: Path) -> None:
 
 def _build_without_weights(recipe: Recipe) -> "PreTrainedModel | PeftModel":
     """Return the model of a recipe, with its adapter, on PyTorch's meta device."""
-    model = build_meta_model(load_config(recipe.model), recipe.model)
+    model = build_meta_model(trained_config(recipe), recipe.model)
     model.name_or_path = recipe.model.name_or_path
     if recipe.adapter is None:
         return model
@@ -215,7 +215,8 @@ def write_again(folder: Path) -> None:
     generation = _generation_config(recipe)
     if isinstance(generation, str):
         raise UserError(generation)
-    model.generation_config = generation or model.generation_config
+    if generation is not None or recipe.trains_reward_model:
+        model.generation_config = generation or GenerationConfig()
     set_stop_tokens(model, tokenizer, stop_tokens)
     tokenizer.eos_token = stop_tokens[0]
     tokenizer.pad_token = recipe.training.get("pad_token") or tokenizer.pad_token or tokenizer.eos_token

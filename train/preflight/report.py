@@ -273,7 +273,7 @@ def _float8_warnings(recipe: Recipe) -> list[str]:
 
 
 def _plan(recipe: Recipe, data: PreparedData, steps: Schedule, cluster: "Cluster") -> "RunPlan":
-    from train.model.load import load_config
+    from train.model.load import trained_config
     from train.preflight.plan.candidates import Candidates
     from train.preflight.plan.plan import plan_run
 
@@ -286,7 +286,7 @@ def _plan(recipe: Recipe, data: PreparedData, steps: Schedule, cluster: "Cluster
         lengths = dataset.half_lengths.ravel()
         longest = stats.capacity if recipe.data.packing else int(dataset.lengths.max(initial=1))
     return plan_run(
-        Candidates(recipe, load_config(recipe.model), longest),
+        Candidates(recipe, trained_config(recipe), longest),
         cluster,
         lengths,
         steps=steps.steps,

@@ -313,6 +313,11 @@ class Recipe(Section):
         """Return the command that trains this recipe."""
         return "train/sft.py" if self.preference is None else "train/preference.py"
 
+    @property
+    def trains_reward_model(self) -> bool:
+        """Return whether the model scores answers and writes none."""
+        return self.preference is not None and self.preference.loss == "reward"
+
     def to_yaml(self) -> str:
         """Return the resolved recipe as YAML, which loads as an equal recipe.
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from train.errors import UserError
 from train.model.flops import PEAK_FLOPS, count_training_flops
-from train.model.load import load_config
+from train.model.load import trained_config
 from train.preflight.plan.candidates import (
     Candidate,
     Candidates,
@@ -54,7 +54,7 @@ def open_candidates(recipe: Recipe) -> Candidates:
 
     The data isn't read: rows are assumed to be data.max_length long.
     """
-    return Candidates(recipe, load_config(recipe.model), recipe.data.max_length)
+    return Candidates(recipe, trained_config(recipe), recipe.data.max_length)
 
 
 def can_be_planned(recipe: Recipe) -> bool:

@@ -1,101 +1,98 @@
 """bench --pick-by reward: a reward model scores each answer as plain transformers does, and the highest one counts."""
 
 import json
-import sqlite3
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from bench_runs import bench_row, command, judging, lines, write_lines
-from peft import LoraConfig, PeftModel, get_peft_model
+from bench_runs import FIRST_CONTACT, bench_row, command, judging, lines, place_of, write_lines
+from killed_batches import killed_at_a_call, run_until_killed, stored_answers
+from peft import PeftModel
 from scripted_server import served
+from small_runs import write_recipe
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from trl.trainer.reward_trainer import suppress_seqcls_warning
 
+from train import preference
+from train.errors import UserError
+from train.model.load import load_saved
+
 ROWS = [bench_row(number, rubric_count=1, system=f"Zebra {number}.", prompt="Question?") for number in range(3)]
-ANSWERS = 4
+ANSWERS, BATCH, RUNS = 4, 5, 2
+KILLED_AFTER_REWARDS = killed_at_a_call("train.evaluation.models.rewards", "RewardModel", "score")
 
 
 @pytest.fixture(scope="module")
 def reward_models(tiny_chat_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Write a reward model with random weights, and an adapter of one whose base is a language model."""
+    """Train a reward model, and an adapter of one whose base is a language model, on a few pairs."""
     folder = tmp_path_factory.mktemp("reward")
-    tokenizer = AutoTokenizer.from_pretrained(tiny_chat_model)
-    folders = {kind: folder / kind for kind in ("full", "adapter")}
-    for kind, path in folders.items():
-        with suppress_seqcls_warning():
-            model = AutoModelForSequenceClassification.from_pretrained(tiny_chat_model, num_labels=1)
-        torch.manual_seed(4)
-        model.score.weight.data.normal_()
-        if kind == "full":
-            model.config.pad_token_id = tokenizer.pad_token_id
-        else:
-            model = get_peft_model(model, LoraConfig(r=2, target_modules="all-linear", task_type="SEQ_CLS"))
-        model.save_pretrained(path)
-        tokenizer.save_pretrained(path)
-    return folders
+    pairs = [
+        {"system": f"Zebra {n}.", "prompt": "Question?", "chosen": f"River {n}", "rejected": f"Stone {n}"}
+        for n in range(8)
+    ]
+    rows = write_lines(folder / "pairs.jsonl", pairs)
+    for kind, adapter in ("full", None), ("adapter", {"r": 2}):
+        recipe = write_recipe(
+            folder / f"{kind}.yaml",
+            tiny_chat_model,
+            rows,
+            folder / kind,
+            data={"cache_dir": str(folder / "cache")},
+            training={"max_steps": 3, "save_strategy": "no"},
+            preference={"loss": "reward"},
+            adapter=adapter,
+        )
+        assert preference.main(["--recipe", str(recipe)]) == 0
+    return {kind: folder / kind for kind in ("full", "adapter")}
 
 
-def score(kind: str, folder: Path, base: Path, messages: list[dict[str, str]]) -> float:
-    """Return the reward of a conversation alone, by plain transformers and peft."""
+def load(kind: str, folder: Path, base: Path) -> Any:
+    """Return a reward model as plain transformers and peft load it."""
     with suppress_seqcls_warning():
         model = AutoModelForSequenceClassification.from_pretrained(folder if kind == "full" else base, num_labels=1)
-    if kind == "adapter":
-        model = PeftModel.from_pretrained(model, folder)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    ids = tokenizer.apply_chat_template(messages, return_tensors="pt", return_dict=True)
-    with torch.no_grad():
-        return model.eval()(**ids).logits.item()
-
-
-def rewards_in(folder: Path) -> dict[bytes, tuple[str, float]]:
-    """Return the journal's rewards and when each was asked for, by key."""
-    with sqlite3.connect(folder / "bench.sqlite") as journal:
-        rows = journal.execute("SELECT key, text, asked_at FROM answers WHERE stage = 'reward'").fetchall()
-    return {key: (text, asked_at) for key, text, asked_at in rows}
+    return (PeftModel.from_pretrained(model, folder) if kind == "adapter" else model).eval()
 
 
 @pytest.mark.parametrize("kind", ["full", "adapter"])
 def test_the_answer_with_the_highest_reward_counts_and_is_judged_alone(
     kind: str, reward_models: dict[str, Path], tiny_chat_model: Path, tmp_path: Path
 ) -> None:
-    data, output = write_lines(tmp_path / "rows.jsonl", ROWS), tmp_path / "out"
+    """Also if the run is killed after the first rewards: the next one takes them from the journal."""
+    folder, output = reward_models[kind], tmp_path / "out"
     asking: list[Any] = [
-        "--model", tiny_chat_model, "--data", data, "--judge", "judge", "--runs", 2, "--output-dir", output,
-        "--max-tokens", 6, "--repetition-penalty", 1, "--batch-size", 5,
-        "--best-of", ANSWERS, "--pick-by", "reward", "--reward-model", reward_models[kind],
+        "--model", tiny_chat_model, "--data", write_lines(tmp_path / "rows.jsonl", ROWS), "--output-dir", output,
+        "--max-tokens", 6, "--repetition-penalty", 1, "--batch-size", BATCH, "--judge", "judge", "--runs", RUNS,
+        "--best-of", ANSWERS, "--pick-by", "reward", "--reward-model", folder,
     ]  # fmt: skip
     with served(judging(lambda row, rubric, time: "[RESULT] 3"), models=["judge"]) as server:
         asking += ["--judge-server", server.url]
+        run_until_killed(["bench", *asking], tmp_path, KILLED_AFTER_REWARDS, batches=1)
+        before = stored_answers(output / "bench.sqlite")
+        assert len(before) == len(ROWS) * ANSWERS + BATCH
         assert command(*map(str, asking)) == 0
-        asked = len(server.asked)
-        first, journaled = lines(output / "bench_rows.jsonl"), rewards_in(output)
+    assert before < stored_answers(output / "bench.sqlite")  # with the times at which they were computed
 
-        # Lose two rewards, as a run that was killed: the same command computes these two alone.
-        lost = sorted(journaled)[:2]
-        with sqlite3.connect(output / "bench.sqlite") as journal:
-            journal.executemany("DELETE FROM answers WHERE key = ?", [(key,) for key in lost])
-        assert command(*map(str, asking)) == 0
-        assert len(server.asked) == asked
-    again = rewards_in(output)
-    assert again.keys() == journaled.keys()
-    assert {key for key in again if again[key][1] != journaled[key][1]} == set(lost)
-    assert [row["picked"] for row in lines(output / "bench_rows.jsonl")] == [row["picked"] for row in first]
-
-    for row, line in zip(ROWS, first, strict=True):
+    rows = lines(output / "bench_rows.jsonl")
+    model, tokenizer = load(kind, folder, tiny_chat_model), AutoTokenizer.from_pretrained(folder)
+    for row, line in zip(ROWS, rows, strict=True):
         prompt = [{"role": "system", "content": row["system"]}, {"role": "user", "content": row["prompt"]}]
-        expected = [
-            score(kind, reward_models[kind], tiny_chat_model, [*prompt, {"role": "assistant", "content": text}])
-            for text in (answer["response"] for answer in line["answers"])
-        ]
+        expected = []
+        for answer in line["answers"]:
+            messages = [*prompt, {"role": "assistant", "content": answer["response"]}]
+            with torch.no_grad():
+                ids = tokenizer.apply_chat_template(messages, return_tensors="pt", return_dict=True)
+                expected.append(model(**ids).logits.item())
         assert [answer["scorer"] for answer in line["answers"]] == pytest.approx(expected, rel=1e-4, abs=1e-4)
-        assert line["picked"] == max(range(ANSWERS), key=lambda number: (expected[number], -number))
-        judged = [number for number, answer in enumerate(line["answers"]) if answer["judgements"][0][0]]
-        assert judged == [line["picked"]]
+        assert line["picked"] == expected.index(max(expected))
+    questions = [asked.prompt for asked in server.asked if asked.prompt != FIRST_CONTACT]
+    assert sorted(place_of(question)[0] for question in questions) == sorted([*range(len(ROWS))] * RUNS)
+    for question in questions:
+        line = rows[place_of(question)[0]]
+        assert line["answers"][line["picked"]]["response"] in question
     best = json.loads((output / "bench.json").read_text("utf-8"))["best_of"]
-    assert best["picked_by"] == f"reward model {reward_models[kind]}"
-    assert f"picked by the reward model {reward_models[kind]}" in (output / "report.md").read_text("utf-8")
+    assert best["picked_by"] == f"reward model {folder}"
+    assert f"picked by the reward model {folder}" in (output / "report.md").read_text("utf-8")
 
 
 def test_other_models_and_missing_options_are_refused_before_a_model_answers(
@@ -116,8 +113,5 @@ def test_other_models_and_missing_options_are_refused_before_a_model_answers(
 
 @pytest.mark.parametrize("kind", ["full", "adapter"])
 def test_a_reward_model_is_no_model_that_answers(kind: str, reward_models: dict[str, Path]) -> None:
-    from train.errors import UserError
-    from train.model.load import load_saved
-
     with pytest.raises(UserError, match="it is a reward model, which writes no answers"):
         load_saved(str(reward_models[kind]))

@@ -201,8 +201,7 @@ class PreferenceTrainer(JanusTrainer):
             inputs = self._prepare_inputs(self.data_collator([item]))
             numbers, documents, _ = inputs.pop(PAIRS), inputs.pop(DOCUMENTS), inputs.pop(BATCH_INFO)
             with self.compute_loss_context_manager():
-                outputs = score_labels(self.model_wrapped, model, inputs)
-            scores = score_answers(outputs, documents, len(numbers))
+                _, scores = self._score(self.model_wrapped, inputs, documents, len(numbers))
             if bar:
                 bar.advance(self.accelerator.num_processes)
             self._preemption_callback.on_prediction_step(self.args, self.state, self.control)

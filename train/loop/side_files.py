@@ -141,7 +141,7 @@ def write_model_card(recipe: Recipe, path: Path) -> None:
     base = recipe.model.name_or_path
     metadata = {
         "library_name": "transformers" if recipe.adapter is None else "peft",
-        "tags": ["janus-sft", "sft"],
+        "tags": ["janus-sft", recipe.preference.loss if recipe.preference else "sft"],
         **({} if Path(base).is_dir() else {"base_model": base}),
     }
     path.write_text(
@@ -215,8 +215,7 @@ def write_again(folder: Path) -> None:
     generation = _generation_config(recipe)
     if isinstance(generation, str):
         raise UserError(generation)
-    if generation is not None or recipe.trains_reward_model:
-        model.generation_config = generation or GenerationConfig()
+    model.generation_config = generation or model.generation_config or GenerationConfig()  # a reward model has none
     set_stop_tokens(model, tokenizer, stop_tokens)
     tokenizer.eos_token = stop_tokens[0]
     tokenizer.pad_token = recipe.training.get("pad_token") or tokenizer.pad_token or tokenizer.eos_token
@@ -231,7 +230,7 @@ def write_again(folder: Path) -> None:
 def main(arguments: list[str] | None = None) -> int:
     """Run the command and return its exit code."""
     parser = CommandLine(description=__doc__)
-    parser.add_argument("output_dir", type=Path, metavar="OUTPUT_DIR", help="where train/sft.py saved the model")
+    parser.add_argument("output_dir", type=Path, metavar="OUTPUT_DIR", help="where a run saved the model")
     options = parser.parse_args(arguments)
     return run_command(lambda: write_again(options.output_dir), "stopped; start the same command again")
 

@@ -20,10 +20,9 @@ from train.recipe.preference import PreferenceSection
 
 
 class AnswerScores(NamedTuple):
-    """Log-probabilities of the answers of pairs, summed over trained tokens, and numbers of these tokens: [pairs].
+    """Scores of the answers of pairs, and numbers of their trained tokens: [pairs].
 
-    Of a reward model the rewards of the answers.
-
+    A score is the sum of an answer's log-probabilities; of a reward model its reward.
     `first_token`: position of the first trained token of the chosen answer in the batch.
     """
 
@@ -41,7 +40,7 @@ class PairLosses(NamedTuple):
     - `nll_weight`: weight of that.
     - `chosen_rewards`, `rejected_rewards`: [pairs], without gradients.
     - `chosen_logps`, `rejected_logps`: log-probabilities for the metrics, [pairs]: those of answers, ORPO's of tokens;
-      a reward model has none.
+      of a reward model the rewards again.
     """
 
     losses: torch.Tensor
@@ -55,8 +54,7 @@ class PairLosses(NamedTuple):
 def compute_losses(section: PreferenceSection, scores: AnswerScores, reference: torch.Tensor | None) -> PairLosses:
     """Return the losses that the recipe names.
 
-    `reference`: the reference's log-probabilities of the answers, chosen and rejected: [pairs, 2]; for DPO
-            alone.
+    `reference`: the reference's log-probabilities of the answers, chosen and rejected: [pairs, 2]; for DPO alone.
     """
     if section.loss == "reward":
         return _reward(scores, section.center_rewards_coefficient or 0.0)

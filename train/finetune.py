@@ -30,6 +30,7 @@ from train.loop.master_weights import Launch, master_weights_error, read_launch
 from train.loop.metrics_log import StepLog
 from train.loop.output_dir import claim_output_dir, lock_output_dir
 from train.loop.preemption import Preemption
+from train.loop.preference.reward import RewardTrainer
 from train.loop.preference.trainer import PreferenceTrainer
 from train.loop.report import write_report
 from train.loop.run_outcome import print_resume_hint, record_run_outcome
@@ -98,7 +99,7 @@ def finetune(recipe: Recipe, checkpoint: Checkpoint | None = None, resume_anyway
             _print(f"loading {recipe.model.name_or_path}")
             model = load_model(recipe)
             set_stop_tokens(model, tokenizer, stop_tokens)
-            trainer = (PreferenceTrainer if recipe.preference else JanusTrainer)(
+            trainer = choose_trainer(recipe)(
                 recipe, arguments, model, tokenizer, data, [step_log],
                 preemption=preemption, gain=gain, samples=samples, about=facts,
             )  # fmt: skip
@@ -129,6 +130,13 @@ def finetune(recipe: Recipe, checkpoint: Checkpoint | None = None, resume_anyway
                     output_dir, screen, time.monotonic() - started, data.train.dataset.rows_by_source
                 )
                 _print(f"the model {'and report.md are' if reported else 'is'} in {recipe.output_dir}")
+
+
+def choose_trainer(recipe: Recipe) -> type[JanusTrainer]:
+    """Return the trainer of rows, of pairs, or of a reward model."""
+    if recipe.preference is None:
+        return JanusTrainer
+    return RewardTrainer if recipe.trains_reward_model else PreferenceTrainer
 
 
 @contextmanager

@@ -6,6 +6,7 @@ import warnings
 LOG_MESSAGES = {
     "trl.trainer.sft_trainer": ("per_device_train_batch_size of 1 with padding-free",),  # a packed row is a full batch
     "transformers.trainer": ("missing keys in the checkpoint model loaded: ['lm_head.weight']",),  # tied weights
+    "transformers.modeling_utils": ("ForSequenceClassification LOAD REPORT",),  # a reward model's new head is missing
     "DeepSpeed": (
         "Setting accelerator to CPU",
         "OVERFLOW! Skipping step",

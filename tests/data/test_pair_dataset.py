@@ -76,9 +76,8 @@ def test_halves_are_the_rows_or_the_prompt_of_one_with_the_answer_of_another(
 
 @pytest.fixture(params=[True, False], ids=["packed", "not packed"])
 def dataset(pairs: TokenPairs, request: pytest.FixtureRequest) -> PairDataset:
-    lengths = np.minimum(pairs.lengths, MAX_LENGTH).sum(axis=1)
     capacity = 2 * MAX_LENGTH if request.param else None
-    return PairDataset(pairs, MAX_LENGTH, lambda epoch: plan_packing(lengths, capacity, seed=3, epoch=epoch))
+    return PairDataset(pairs, MAX_LENGTH, lambda lengths, epoch: plan_packing(lengths, capacity, seed=3, epoch=epoch))
 
 
 def test_every_pair_is_in_one_sequence_of_each_epoch_with_both_halves(
@@ -112,8 +111,10 @@ def test_a_data_set_counts_pairs_and_has_the_digest_of_its_rows(pairs: TokenPair
     assert [dataset.row(number)[0].tolist() for number in range(60)] == [
         pairs.halves(number)[0][0][:MAX_LENGTH].tolist() for number in range(60)
     ]
-    same = PairDataset(pairs, MAX_LENGTH, dataset.plan_of)
-    swapped = PairDataset(TokenPairs(pairs.table, pairs.rows[:, ::-1]), MAX_LENGTH, dataset.plan_of)
+    swapped_pairs = TokenPairs(pairs.table, pairs.rows[:, ::-1])
+    same, swapped = (
+        PairDataset(each, MAX_LENGTH, lambda _, epoch: dataset.plan_of(epoch)) for each in (pairs, swapped_pairs)
+    )
     assert dataset.digest() == same.digest() != swapped.digest()
 
 

@@ -8,23 +8,31 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-KILLED_AFTER_BATCHES = """
+
+def killed_at_a_call(module: str, owner: str, function: str) -> str:
+    """Return code that kills its process at a call of `function`, which belongs to `owner` in `module`.
+
+    Its first argument: the number of calls before the kill.
+    """
+    return f"""
 import os, signal, sys
-from train.evaluation.models import local
-left, generate_batch = int(sys.argv.pop(1)), local.generate_batch
+from {module} import {owner}
+left, call = int(sys.argv.pop(1)), {owner}.{function}
 def until_killed(*arguments, **options):
     global left
     left -= 1
     if left < 0:
         os.kill(os.getpid(), signal.SIGKILL)
-    return generate_batch(*arguments, **options)
-local.generate_batch = until_killed
+    return call(*arguments, **options)
+{owner}.{function} = until_killed
 """
-"""Its first argument: the number of batches before the kill."""
+
+
+KILLED_AFTER_BATCHES = killed_at_a_call("train.evaluation.models", "local", "generate_batch")
+"""For batches of answers."""
 
 ROOT = Path(__file__).parents[2]
-_COMMAND = f"""
-{KILLED_AFTER_BATCHES}
+_COMMAND = """
 import runpy
 runpy.run_path("scripts/evaluate.py", run_name="__main__")
 """
@@ -38,10 +46,12 @@ def stored_answers(journal: Path) -> Answers:
         return set(connection.execute("SELECT key, text, asked_at FROM answers").fetchall())
 
 
-def run_until_killed(arguments: Sequence[str | Path], tmp_path: Path) -> None:
-    """Run scripts/evaluate.py in a process that is killed at its fourth batch."""
+def run_until_killed(
+    arguments: Sequence[str | Path], tmp_path: Path, killed_after: str = KILLED_AFTER_BATCHES, batches: int = 3
+) -> None:
+    """Run scripts/evaluate.py in a process that is killed after `batches` of those that `killed_after` counts."""
     environment = os.environ | {"TMPDIR": str(tmp_path)}  # what is killed leaves its temporary files
-    killed = [sys.executable, "-W", "ignore", "-c", _COMMAND, "3", *map(str, arguments)]
+    killed = [sys.executable, "-W", "ignore", "-c", killed_after + _COMMAND, str(batches), *map(str, arguments)]
     done = subprocess.run(killed, cwd=ROOT, capture_output=True, check=False, env=environment)
     assert done.returncode == -signal.SIGKILL, done.stderr
 

@@ -28,7 +28,7 @@ from train.sft import main
 ROOT = Path(__file__).parents[2]
 CONFIGS = sorted((ROOT / "accelerate_configs").glob("*.yaml"))
 UNSHARDED = {"cpu", "single_gpu", "ddp"}
-RECIPES = sorted((ROOT / "recipes").glob("*/sft/*.yaml"))
+RECIPES = sorted(path for kind in ("sft", "preference") for path in (ROOT / "recipes").glob(f"*/{kind}/*.yaml"))
 RATE, STEPS = 5e-6, 20
 
 

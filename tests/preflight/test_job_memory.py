@@ -10,7 +10,8 @@ import yaml
 from test_plan import candidates_for
 
 from train.preflight.plan.cluster import parse_cluster
-from train.preflight.plan.job_memory import memory_warning, parse_gpu_names, read_strategy
+from train.preflight.plan.job_memory import memory_warning, open_candidates, parse_gpu_names, read_strategy
+from train.preflight.plan.memory import DDP
 from train.preflight.plan.settings import written_settings
 from train.recipe import load_recipe
 from train.recipe.schedule import sequences_per_step
@@ -75,6 +76,20 @@ def test_a_job_that_fits_and_one_that_fits_nowhere(monkeypatch: pytest.MonkeyPat
     assert message is not None
     assert "What fits" not in message
     assert message.endswith("Write a smaller data.max_length, or train an adapter.")
+
+
+def test_a_sequence_of_pairs_holds_two_documents_of_the_greatest_length(recipe_file: Callable[..., Path]) -> None:
+    """So it takes as much memory as one of rows of twice the length."""
+    cluster, rows = parse_cluster("1x80GB"), {"data": {"max_length": 256}}
+    pairs, short, long = (
+        open_candidates(load_recipe(recipe_file(**sections)))
+        for sections in (rows | {"preference": {"loss": "dpo"}}, rows, {"data": {"max_length": 512}})
+    )
+    of_pairs, of_short, of_long = (
+        candidates.memory(written_settings(candidates.recipe, DDP), cluster) for candidates in (pairs, short, long)
+    )
+    assert of_pairs == of_long
+    assert of_pairs.total > of_short.total
 
 
 @pytest.mark.parametrize(

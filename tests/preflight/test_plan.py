@@ -17,6 +17,7 @@ from trl.trainer.utils import get_peak_flops
 
 from train.errors import UserError
 from train.model.architecture import Architecture, inspect_architecture
+from train.model.classifier import as_classifier
 from train.model.flops import PEAK_FLOPS, Flops
 from train.model.load import load_config
 from train.preflight.plan.candidates import Candidates, Workload
@@ -32,7 +33,12 @@ from train.sft import main
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "tests" / "model_configs"
 JANUS = ROOT / "recipes/janus-7b/sft/full.yaml"
-RECIPES = sorted(path for path in ROOT.glob("recipes/*/sft/*.yaml") if "smollm2" not in str(path))
+RECIPES = sorted(
+    path
+    for kind in ("sft", "preference")
+    for path in ROOT.glob(f"recipes/*/{kind}/*.yaml")
+    if "smollm2" not in str(path)
+)
 PUBLISHED = {  # parameters that the hub counts in the safetensors files, in thousand millions
     "mistral-community/Mistral-7B-v0.2": 7.24,
     "meta-llama/Meta-Llama-3-8B": 8.03,
@@ -46,9 +52,19 @@ PUBLISHED = {  # parameters that the hub counts in the safetensors files, in tho
 JANUS_ROWS = np.full(196_998, 1_000)  # an epoch: 751 steps of 32 sequences of 8,192 tokens, eight rows in each
 
 
+@cache
+def published_model(name: str) -> str:
+    """Return the published model that `name` is, or from which the recipes start that end with the folder `name`."""
+    if not name.startswith("outputs/"):
+        return name
+    (origin,) = (recipe for recipe in map(load_recipe, RECIPES) if recipe.output_dir == name)
+    return published_model(origin.model.name_or_path)
+
+
 def config_for(recipe: Recipe, name: str | None = None) -> PreTrainedConfig:
-    name = (name or recipe.model.name_or_path).rpartition("/")[2].lower()
-    return AutoConfig.from_pretrained(CONFIGS / f"{name}.json")
+    name = (name or published_model(recipe.model.name_or_path)).rpartition("/")[2].lower()
+    config = AutoConfig.from_pretrained(CONFIGS / f"{name}.json")
+    return as_classifier(config, name) if recipe.trains_reward_model else config
 
 
 def shape_for(recipe: Recipe, name: str | None = None) -> Architecture:
@@ -60,7 +76,7 @@ def candidates_for(path: Path, *overrides: str, model: str | None = None) -> Can
     """Return the candidates of a recipe; those that differ in `training` alone share their traces."""
     recipe = load_recipe(path, overrides)
     shared = candidates_for(path, model=model).tracer if overrides else None
-    return Candidates(recipe, config_for(recipe, model), recipe.data.max_length, shared)
+    return Candidates(recipe, config_for(recipe, model), recipe.sequence_length, shared)
 
 
 def plan_of(candidates: Candidates, gpus: str, nodes: int = 1) -> RunPlan:
@@ -71,7 +87,10 @@ def plan_of(candidates: Candidates, gpus: str, nodes: int = 1) -> RunPlan:
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.parts[-3] + "-" + path.stem)
 def test_every_recipe_of_the_papers_has_its_model(path: Path) -> None:
     recipe, shape = candidates_for(path).recipe, candidates_for(path).shape
-    assert shape.total == pytest.approx(PUBLISHED[recipe.model.name_or_path] * 1e9, rel=0.01)
+    published = PUBLISHED[published_model(recipe.model.name_or_path)] * 1e9
+    if recipe.trains_reward_model:  # without an output layer
+        published -= config_for(recipe).vocab_size * config_for(recipe).hidden_size
+    assert shape.total == pytest.approx(published, rel=0.01)
     assert (shape.trained == shape.total) is (recipe.adapter is None)
     text = path.read_text(encoding="utf-8")
     assert 40 <= len(text.splitlines()) <= 70

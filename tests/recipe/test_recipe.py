@@ -19,7 +19,7 @@ from train.recipe.sft_config import OWNED, training_fields, training_model
 from train.recipe.yaml_document import _Loader
 
 ROOT = Path(__file__).parents[2]
-RECIPES = sorted((ROOT / "recipes").glob("*/sft/*.yaml"))
+RECIPES = sorted(path for kind in ("sft", "preference") for path in (ROOT / "recipes").glob(f"*/{kind}/*.yaml"))
 
 GOOD = """\
 model:

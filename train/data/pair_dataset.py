@@ -1,6 +1,7 @@
 """Map-style data set of packed pairs: sequences of chosen and rejected halves, assembled when they are asked for."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -21,12 +22,14 @@ class PairDataset(PackedDataset):
     The plan is one of pairs, and `lengths` holds the tokens of each pair. `rows_by_source` counts pairs.
     """
 
-    def __init__(self, pairs: TokenPairs, max_length: int, plan_of: Callable[[int], PackingPlan]) -> None:
-        """`max_length`: halves are truncated to it. `plan_of`: epoch -> its plan."""
-        super().__init__(pairs.table, pairs.rows[:, 0], max_length, plan_of, packed=True)
-        self._pairs = pairs
+    def __init__(
+        self, pairs: TokenPairs, max_length: int, plan_of: Callable[[NDArray[np.int32], int], PackingPlan]
+    ) -> None:
+        """`max_length`: halves are truncated to it. `plan_of`: tokens of each pair, epoch -> its plan."""
         self.half_lengths = np.minimum(pairs.lengths, max_length)
-        self.lengths = self.half_lengths.sum(axis=1, dtype=np.int32)
+        lengths = self.half_lengths.sum(axis=1, dtype=np.int32)
+        super().__init__(pairs.table, pairs.rows[:, 0], max_length, partial(plan_of, lengths), packed=True)
+        self._pairs, self.lengths = pairs, lengths
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         """Return one sequence.

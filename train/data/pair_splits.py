@@ -22,21 +22,21 @@ def build_pair_split(pairs: TokenPairs, recipe: Recipe, multiple_of: int) -> tup
     `multiple_of`: the number of sequences is a multiple of it where pairs are packed.
     """
     table, max_length, candidates = pairs.table, recipe.data.max_length, pairs.rows[:, 0]
-    stats = SplitStats(conversations=len(pairs), capacity=2 * max_length, lengths=pairs.lengths.max(axis=1, initial=0))
+    longer_halves = pairs.lengths.max(axis=1, initial=0)
+    stats = SplitStats(conversations=len(pairs), capacity=recipe.sequence_length, lengths=longer_halves)
     if len(pairs):
         stats.longest_place = table.place(candidates[int(stats.lengths.argmax())])
     kept = keep_within_length(
         pairs.lengths, pairs.first_trained, lambda number: table.place(candidates[number]), recipe.data, stats
     )
     pairs = pairs.select(np.flatnonzero(kept))
-    lengths = np.minimum(pairs.lengths, max_length).sum(axis=1, dtype=np.int32)
-    dataset = PairDataset(pairs, max_length, lambda epoch: load_plan(lengths, recipe, multiple_of, epoch, documents=2))
+    dataset = PairDataset(pairs, max_length, lambda lengths, epoch: load_plan(lengths, recipe, multiple_of, epoch))
     chosen = pairs.rows[:, 0]
     stats.rows = len(pairs)
     stats.rows_with_system = int(table.has_system[chosen].sum())
     stats.distinct_systems = table.count_distinct_systems(chosen)
     stats.rows_with_loss_weight = int(table.has_loss_weight[pairs.rows].any(axis=1).sum())
-    stats.tokens = int(lengths.sum())
+    stats.tokens = int(dataset.lengths.sum())
     stats.documents_per_sequence = np.diff(dataset.plan_of(0).ends).astype(np.int32)
 
     trained = table.trained_tokens[pairs.rows]

@@ -123,17 +123,12 @@ def _count_cut(chosen: NDArray[np.int64], table: TokenTable, max_length: int) ->
     return int(np.diff(np.maximum(beyond, 0)).sum())
 
 
-def load_plan(
-    lengths: NDArray[np.int32], recipe: Recipe, multiple_of: int, epoch: int, *, documents: int = 1
-) -> PackingPlan:
-    """Return the packing plan of an epoch, from the cache or computed now: a large one takes minutes.
-
-    `documents`: those of each row, 2 of a pair; a sequence holds as many times `data.max_length` tokens.
-    """
+def load_plan(lengths: NDArray[np.int32], recipe: Recipe, multiple_of: int, epoch: int) -> PackingPlan:
+    """Return the packing plan of an epoch, from the cache or computed now: a large one takes minutes."""
     if not recipe.data.packing:
         return plan_packing(lengths, None)
-    capacity, epoch = recipe.data.max_length * documents, epoch if recipe.data.repack else 0
-    most = DOCUMENTS_PER_SEQUENCE // documents
+    capacity, epoch = recipe.sequence_length, epoch if recipe.data.repack else 0
+    most = DOCUMENTS_PER_SEQUENCE // recipe.documents_per_row
 
     def compute() -> PackingPlan:
         return plan_packing(
@@ -148,7 +143,7 @@ def load_plan(
     fingerprint = {
         "lengths": xxhash.xxh3_128(lengths.tobytes()).hexdigest(),
         "numbers": [capacity, multiple_of, recipe.seed, epoch],
-        **({"documents": documents} if documents > 1 else {}),
+        **({"documents": 2} if recipe.preference else {}),
     }
     with progress_bar("packing", unit="rows"):
         try:

@@ -16,6 +16,7 @@ import argparse
 import asyncio
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,6 +31,7 @@ from train.formatting import format_count
 from train.recipe import Source
 
 if TYPE_CHECKING:
+    from train.evaluation.models.rewards import RewardModel
     from train.llm.client import Client
     from train.llm.failures import RequestFailed
     from train.llm.request import Answer
@@ -67,11 +69,13 @@ def run(options: argparse.Namespace) -> None:
 
 
 def _measure(config: BenchConfig, folder: Path) -> None:
+    from train.evaluation.models.rewards import open_reward_model
     from train.multifaceted.bench.rows import read_bench
     from train.multifaceted.bench.scoring import refuse_without_judgements, refuse_without_responses
 
     sources = [Source(path=path, split=config.split) for path in config.data]
     _refuse_unusable_judge(config)
+    reward_model = open_reward_model(config.reward_model, config.dtype) if config.reward_model else None
     bench = read_bench(sources, config.limit)
     if len(bench.rows) < bench.rows_in_data:
         print(
@@ -84,6 +88,8 @@ def _measure(config: BenchConfig, folder: Path) -> None:
     else:
         responses, advice = _ask_model(config, bench, folder)
         refuse_without_responses(responses, f"--model {config.model}", advice)
+    if reward_model:
+        responses = _score(reward_model, config, bench, responses, folder)
     judged, advice = _judge(config, bench, responses, folder)
     refuse_without_judgements(judged, f"--judge {config.judge}", advice, batch=not config.judge_server)
     _write(config, bench, judged, folder)
@@ -178,6 +184,31 @@ def _as_response(answer: "Answer | RequestFailed") -> "Response":
     return Response(
         answer.text, finish_reason=answer.finish_reason, only_reasoning=answer.only_reasoning, refused=answer.refused
     )
+
+
+def _score(
+    reward_model: "RewardModel",
+    config: BenchConfig,
+    bench: "Bench",
+    responses: "list[list[Response]]",
+    folder: Path,
+) -> "list[list[Response]]":
+    """Return the responses with their rewards as scores."""
+    from train.evaluation.models.rewards import score_answers
+    from train.multifaceted.bench.scoring import conversation
+
+    prompts = [conversation(row, with_system=not config.no_system) for row in bench.rows]
+    scored = [
+        [*prompt, {"role": "assistant", "content": response.text}]
+        for prompt, of_row in zip(prompts, responses, strict=True)
+        for response in of_row
+        if response.text is not None
+    ]
+    rewards = iter(score_answers(reward_model, scored, folder / JOURNAL, config.batch_size))
+    return [
+        [response if response.text is None else replace(response, given_score=next(rewards)) for response in of_row]
+        for of_row in responses
+    ]
 
 
 def _judge(

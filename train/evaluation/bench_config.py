@@ -29,7 +29,7 @@ from train.recipe import PathText, Text
 
 COMMON = (
     *COMMON_OF_MODEL,
-    *("data", "limit", "no_system", "responses", "best_of", "pick_by", "top_p", "extra"),
+    *("data", "limit", "no_system", "responses", "best_of", "pick_by", "reward_model", "top_p", "extra"),
     *COMMON_OF_JUDGE,
     *("judge_top_p", "runs", "batch_out", "batch_in", "output_dir", "against"),
 )
@@ -52,10 +52,13 @@ class BenchConfig(JudgeOptions, ModelOptions):
     responses: PathText | None = None
     """File with existing responses; `model` is then a name only."""
     best_of: int = Field(default=1, ge=1, le=MAX_ANSWERS)
-    """Answers to each row, of which one is picked. The judge grades them all."""
-    pick_by: Literal["first-run", "all-runs", "file"] = "first-run"
+    """Answers to each row, of which one is picked. The judge grades them all, if it picks."""
+    pick_by: Literal["first-run", "all-runs", "file", "reward"] = "first-run"
     """first-run = pick by the judge's first run and score by the others; all-runs = pick by all its runs (an upper
-    bound); file = by `scores` in the file of `responses`."""
+    bound); file = by `scores` in the file of `responses`; reward = by the scores of `reward_model`."""
+    reward_model: PathText | None = None
+    """Folder or hub id of a reward model or an adapter of one. It scores system message, instruction and answer with
+    its own template, in batches of `batch_size` and in `dtype`."""
     max_tokens: int = Field(default=PAPERS_RESPONSES.max_tokens, ge=1)
     """Maximum tokens of a response."""
     temperature: float | None = Field(default=PAPERS_RESPONSES.temperature, ge=0)
@@ -98,7 +101,7 @@ class BenchConfig(JudgeOptions, ModelOptions):
         """Return the settings by which rows are scored."""
         judge = JudgeSettings(self.judge, self.judge_decoding(), self.runs, self.retries, self.show_system)
         picking: dict[str, Any] = {"pick_by": self.pick_by.replace("-", " ")}
-        return Protocol(judge, self.best_of, **picking)
+        return Protocol(judge, self.best_of, **picking, reward_model=self.reward_model)
 
     def refuse_contradictions(self) -> None:
         """Raise UserError for settings that contradict each other, and for files that do not exist."""
@@ -114,6 +117,9 @@ class BenchConfig(JudgeOptions, ModelOptions):
             )
         if self.best_of > 1 and self.pick_by == "file" and not self.responses:
             raise UserError("--pick-by file: the scores are read from the file of --responses, which is missing.")
+        if (self.pick_by == "reward") != bool(self.reward_model):
+            remedy = "Write both or neither"
+            raise UserError(f"--pick-by reward and --reward-model MODEL belong together. {remedy}.")
         if self.best_of == 1 and self.pick_by != "first-run":
             raise UserError(f"--pick-by {self.pick_by}: there is one answer to each row. Add --best-of N.")
         if self.responses:

@@ -16,7 +16,7 @@ from train.loop.fsdp import check_tied_modules, configure_fsdp2, is_fsdp2
 from train.loop.master_weights import FULL_STATE_DICT, Launch
 from train.loop.sharding import sharding_error
 from train.loop.tracking import tracker_names
-from train.model.load import load_config
+from train.model.load import trained_config
 from train.model.text_part import build_meta_model
 from train.ranks import deepspeed_launch_error, hpz_error, is_launched_by_fsdp, parallelism_error, world_size
 from train.recipe import Recipe
@@ -86,7 +86,7 @@ def save_timeout(recipe: Recipe) -> int:
     """
     if world_size() == 1 or recipe.adapter is not None:
         return longest_transfer(0)
-    model = build_meta_model(load_config(recipe.model), recipe.model)
+    model = build_meta_model(trained_config(recipe), recipe.model)
     return longest_transfer(sum(weight.numel() * (weight.element_size() + 12) for weight in model.parameters()))
 
 

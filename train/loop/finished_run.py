@@ -95,7 +95,7 @@ def find_finished_run(recipe: Recipe) -> tuple[FinishedRun | None, str | None]:
         if differences:
             return None, f"{folder} holds a finished run, but {'; '.join(differences)}."
         length = "training.max_steps" if recipe.training.get("max_steps", -1) > 0 else "training.num_train_epochs"
-        missing = tuple(_find_missing_files(folder, record["beside weights"], adapter=recipe.adapter is not None))
+        missing = tuple(_find_missing_files(folder, record["beside weights"], recipe))
         return FinishedRun(str(folder), record["step"], record["time"], newest, length, missing), None
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None, None  # no record, or one of another version
@@ -138,13 +138,15 @@ def _is_decisive(key: str, settings: dict[str, Any]) -> bool:
     return key not in RESUMABLE_CHANGES or key.startswith(_UPLOAD_KEYS)
 
 
-def _find_missing_files(folder: Path, written: Iterable[str], *, adapter: bool) -> list[str]:
+def _find_missing_files(folder: Path, written: Iterable[str], recipe: Recipe) -> list[str]:
     """Return the names of missing or empty files beside the weights, of those written and of the necessary ones.
 
     A run whose last files couldn't be written has finished, too.
     """
-    config = "adapter_config.json" if adapter else "config.json"
-    names = {*written, config, "generation_config.json", "tokenizer_config.json", "chat_template.jinja"}
+    config = "adapter_config.json" if recipe.adapter else "config.json"
+    names = {*written, config, "tokenizer_config.json", "chat_template.jinja"}
+    if not recipe.trains_reward_model:
+        names.add("generation_config.json")
     if not any(any(folder.glob(pattern)) for pattern in _VOCABULARY):
         names.add("tokenizer.json")
     return sorted(name for name in names if not (folder / name).is_file() or not (folder / name).stat().st_size)

@@ -11,7 +11,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from trl import SFTConfig
 
 from train.errors import UserError
-from train.model.load import load_config
+from train.model.load import trained_config
 from train.model.text_part import build_meta_model
 from train.ranks import is_launched_by_fsdp
 from train.recipe import Recipe
@@ -57,10 +57,11 @@ def check_tied_modules(recipe: Recipe) -> None:
     error, and with a copy of the embedding the frozen output layer would silently become that copy.
     """
     names = (recipe.adapter.modules_to_save if recipe.adapter else None) or ()
-    model = build_meta_model(load_config(recipe.model), recipe.model) if names else None
-    if model is None or model.get_output_embeddings().weight is not model.get_input_embeddings().weight:
+    model = build_meta_model(trained_config(recipe), recipe.model) if names else None
+    output = model and model.get_output_embeddings()  # a reward model has none
+    if model is None or output is None or output.weight is not model.get_input_embeddings().weight:
         return
-    ends = {id(model.get_output_embeddings()), id(model.get_input_embeddings())}
+    ends = {id(output), id(model.get_input_embeddings())}
     tied = [f".{name}" for name, module in model.named_modules() if id(module) in ends]
     for name in names:
         if any(full_name.endswith(f".{name}") for full_name in tied):

@@ -33,7 +33,7 @@ from train.cli import CommandLine, run_command
 from train.errors import USER_FIXABLE_ERRNOS, UserError
 from train.loop.output_dir import CARD, CARD_MARK, is_foreign_card, unwritable_files
 from train.model.adapters import lora_config
-from train.model.load import copy_processor, load_config
+from train.model.load import copy_processor, trained_config
 from train.model.text_part import build_meta_model, find_idle_parameters
 from train.recipe import Recipe
 
@@ -141,7 +141,7 @@ def write_model_card(recipe: Recipe, path: Path) -> None:
     base = recipe.model.name_or_path
     metadata = {
         "library_name": "transformers" if recipe.adapter is None else "peft",
-        "tags": ["janus-sft", "sft"],
+        "tags": ["janus-sft", recipe.preference.loss if recipe.preference else "sft"],
         **({} if Path(base).is_dir() else {"base_model": base}),
     }
     path.write_text(
@@ -170,7 +170,7 @@ def _save_adapter_config(model: "PeftModel", folder: Path) -> None:
 
 def _build_without_weights(recipe: Recipe) -> "PreTrainedModel | PeftModel":
     """Return the model of a recipe, with its adapter, on PyTorch's meta device."""
-    model = build_meta_model(load_config(recipe.model), recipe.model)
+    model = build_meta_model(trained_config(recipe), recipe.model)
     model.name_or_path = recipe.model.name_or_path
     if recipe.adapter is None:
         return model
@@ -215,7 +215,7 @@ def write_again(folder: Path) -> None:
     generation = _generation_config(recipe)
     if isinstance(generation, str):
         raise UserError(generation)
-    model.generation_config = generation or model.generation_config
+    model.generation_config = generation or model.generation_config or GenerationConfig()  # a reward model has none
     set_stop_tokens(model, tokenizer, stop_tokens)
     tokenizer.eos_token = stop_tokens[0]
     tokenizer.pad_token = recipe.training.get("pad_token") or tokenizer.pad_token or tokenizer.eos_token
@@ -230,7 +230,7 @@ def write_again(folder: Path) -> None:
 def main(arguments: list[str] | None = None) -> int:
     """Run the command and return its exit code."""
     parser = CommandLine(description=__doc__)
-    parser.add_argument("output_dir", type=Path, metavar="OUTPUT_DIR", help="where train/sft.py saved the model")
+    parser.add_argument("output_dir", type=Path, metavar="OUTPUT_DIR", help="where a run saved the model")
     options = parser.parse_args(arguments)
     return run_command(lambda: write_again(options.output_dir), "stopped; start the same command again")
 

@@ -96,8 +96,7 @@ class JanusTrainer(EvaluatingTrainer):
         with without_zero3(arguments):
             shape = try_inspect_architecture(recipe, model.config)
             idle = find_idle_parameters(build_meta_model(model.config, recipe.model))
-        joined = recipe.data.packing or recipe.preference is not None
-        arguments.padding_free = joined or sharing > 1 or takes_borders(model)
+        arguments.padding_free = recipe.joins_documents or sharing > 1 or takes_borders(model)
         check_adapter(recipe.adapter, model, idle)
         freeze(model, idle)
         with as_user_error("adapter" if recipe.adapter else "training"):

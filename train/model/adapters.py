@@ -8,7 +8,8 @@ import torch
 from transformers import BitsAndBytesConfig, PreTrainedModel
 
 from train.errors import MachineError, UserError
-from train.model.text_part import find_idle_modules
+from train.model.classifier import find_score_head
+from train.model.text_part import find_idle_modules, output_layer
 from train.recipe import AdapterSection, QuantizationSection
 from train.recipe.yaml_document import closest_match, did_you_mean
 
@@ -33,7 +34,8 @@ def lora_config(
             settings["exclude_modules"] = rf"(?:{'|'.join(map(re.escape, outside))})(?:\..*)?"
         if adapter.modules_to_save:
             settings["modules_to_save"] = _exact(adapter.modules_to_save, model, outside)
-    return LoraConfig(task_type="CAUSAL_LM", **settings)
+    reward = model is not None and find_score_head(model) is not None  # of which peft trains the head in full
+    return LoraConfig(task_type="SEQ_CLS" if reward else "CAUSAL_LM", **settings)
 
 
 def check_adapter(adapter: AdapterSection | None, model: PreTrainedModel, idle: frozenset[str] = frozenset()) -> None:
@@ -47,7 +49,7 @@ def check_adapter(adapter: AdapterSection | None, model: PreTrainedModel, idle: 
     modules: dict[str, torch.nn.Module] = dict(model.named_modules())
     adaptable = {name: module for name, module in modules.items() if isinstance(module, _adaptable_types())}
     if adapter.target_modules == "all-linear":
-        output = model.get_output_embeddings()
+        output = output_layer(model)
         linear = [
             name
             for name, module in adaptable.items()

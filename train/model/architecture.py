@@ -14,7 +14,7 @@ from transformers.trainer_pt_utils import get_parameter_names
 
 from train.errors import UserError
 from train.model.adapters import lora_config
-from train.model.text_part import build_meta_model, find_idle_parameters, freeze
+from train.model.text_part import build_meta_model, find_idle_parameters, freeze, output_layer
 from train.recipe import Recipe
 
 _NOT_DECAYED = [r"bias", r"layernorm", r"rmsnorm", r"(?:^|\.)norm(?:$|\.)", r"_norm(?:$|\.)"]
@@ -99,7 +99,7 @@ def inspect_architecture(recipe: Recipe, config: PreTrainedConfig) -> Architectu
     freeze(model, idle)
     never_used = {id(parameter) for name, parameter in model.named_parameters() if name in idle}
     embedding = model.get_input_embeddings().weight
-    output = model.get_output_embeddings()
+    output = output_layer(model)
     linears = [module for module in model.modules() if isinstance(module, torch.nn.Linear) and module is not output]
     quantized = {id(module.weight) for module in linears} if recipe.quantization else set()
     own = {id(parameter) for parameter in model.parameters()}

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from train.errors import MachineError, UserError
 from train.model.attention.selection import machine
+from train.model.text_part import output_layer
 from train.ranks import is_first_rank
 from train.recipe import Recipe
 
@@ -101,7 +102,7 @@ def convert(model: PreTrainedModel, recipe_name: str, *, emulate: bool = False) 
     # The tokens of a sequence are the inner size of the weights' gradient, and rarely a multiple of 16.
     config = replace(Float8LinearConfig.from_recipe_name(recipe_name), pad_inner_dim=True, emulate=emulate)
     ends = {*find_first_last_linear_layers(model)}
-    output = model.get_output_embeddings()
+    output = output_layer(model)
     excluded = [*ends, *(name for name, module in model.named_modules() if module is output)]
 
     def is_converted(module: torch.nn.Module, name: str) -> bool:

@@ -3,6 +3,7 @@
 import re
 import shutil
 import sys
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,6 +11,7 @@ import torch
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
+    GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
 )
@@ -19,8 +21,9 @@ from train.errors import UserError, noted_elsewhere
 from train.model.adapters import check_adapter, quantization_config
 from train.model.attention.selection import attention_needs, choose_attention, machine, select_attention
 from train.model.attention.sequence_parallel import check_sequence_parallel, register
+from train.model.classifier import SCORE_WEIGHT, as_classifier, find_score_head, is_classifier
 from train.model.float8 import check_float8, check_float8_start, convert
-from train.model.folder import adapter_base, is_adapter_alone
+from train.model.folder import adapter_base, is_adapter_alone, read_json
 from train.model.hub_kernels import check_layer_kernels
 from train.model.pretrained import optional_file, origin, reading, unloadable
 from train.model.quantized_weights import (
@@ -45,6 +48,15 @@ def load_config(model: ModelSection) -> PreTrainedConfig:
     """Return the model's config. Raises UserError if there is none that can be opened."""
     with reading(model, "config.json"):
         return AutoConfig.from_pretrained(**origin(model))
+
+
+def trained_config(recipe: Recipe) -> PreTrainedConfig:
+    """Return the config of the model that a recipe trains: its model's, or that of a reward model on it.
+
+    Raises UserError if there is none.
+    """
+    config = load_config(recipe.model)
+    return as_classifier(config, recipe.model.name_or_path) if recipe.trains_reward_model else config
 
 
 def copy_processor(model: ModelSection, folder: Path) -> list[str]:
@@ -88,11 +100,13 @@ def check_model(recipe: Recipe, *, elsewhere: bool = False) -> CheckedModel:
         check_float8(recipe)
     with noted_elsewhere(lacks, elsewhere=elsewhere):
         check_layer_kernels(recipe.model)
-    config = load_config(recipe.model)
+    config = trained_config(recipe)
     with reading(recipe.model, "config.json"):
-        _check_kind(recipe.model.name_or_path, config)
+        _check_kind(recipe, config)
         check_quantized(recipe, config)
         bare = build_meta_model(config, recipe.model)
+    if recipe.trains_reward_model and find_score_head(bare) is None:
+        raise UserError(f"model.name_or_path: {type(bare).__name__} has no head `score`. Name another model.")
     if dropped := left_out(bare, config, read_weight_names(Path(recipe.model.name_or_path))):
         raise unloadable(recipe.model, ValueError(dropped))
     idle = find_idle_parameters(bare)
@@ -127,12 +141,15 @@ def loaded_dtype(model: ModelSection, config: PreTrainedConfig) -> str:
     return read_weight_dtype(Path(model.name_or_path)) or "float32"
 
 
-def _check_kind(name: str, config: PreTrainedConfig) -> None:
-    """Raise UserError for a model that isn't a decoder with an output layer."""
+def _check_kind(recipe: Recipe, config: PreTrainedConfig) -> None:
+    """Raise UserError for a model that isn't a decoder with an output layer, which a reward model doesn't need."""
+    name = recipe.model.name_or_path
     if config.is_encoder_decoder or config.get_text_config().is_encoder_decoder:
         raise UserError(
             f"model.name_or_path: {name} is an encoder-decoder model ({config.model_type}). Name a decoder-only one."
         )
+    if recipe.trains_reward_model:
+        return
     saved_as = (config.architectures or [""])[0]
     head = re.search(
         r"For(?:Sequence|Token|Image|Audio)\w*Classification$|ForQuestionAnswering$|ForMaskedLM$", saved_as
@@ -155,7 +172,7 @@ def load_model(recipe: Recipe) -> PreTrainedModel:
     disable_bars_in_logs()
     model = recipe.model
     check_float8_start(recipe)
-    config = load_config(model)
+    config = trained_config(recipe)
     attention = select_attention(recipe, config)
     settings: dict[str, Any] = {**attention.load_arguments, "dtype": getattr(torch, model.dtype, "auto")}
     settings["use_safetensors"] = None if model.allow_pickle else True
@@ -164,8 +181,13 @@ def load_model(recipe: Recipe) -> PreTrainedModel:
         quantization = quantization_config(recipe.quantization)
     if quantization is not None:
         settings["quantization_config"] = quantization
+    new: set[str] = set()
+    if recipe.trains_reward_model and not is_classifier(load_config(model)):
+        new.add(SCORE_WEIGHT)
+        settings["config"] = config
+        torch.manual_seed(recipe.seed)
     try:
-        loaded, others = _load_complete(config, {**origin(model), **settings})
+        loaded, others = _load_complete(config, {**origin(model), **settings}, new)
     except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
         if not model.allow_pickle and _has_pickled_weights(model.name_or_path):
             raise UserError(
@@ -182,19 +204,24 @@ def load_model(recipe: Recipe) -> PreTrainedModel:
         register(loaded.config._attn_implementation)
     if model.float8 is not None:
         convert(loaded, model.float8)
+    if recipe.trains_reward_model:  # it has none, and TRL's SFTTrainer writes the padding token there
+        loaded.generation_config = GenerationConfig()
     return loaded
 
 
-def _load_complete(config: PreTrainedConfig, settings: dict[str, Any]) -> tuple[PreTrainedModel, list[str]]:
+def _load_complete(
+    config: PreTrainedConfig, settings: dict[str, Any], new: Collection[str] = ()
+) -> tuple[PreTrainedModel, list[str]]:
     """Load the model of `config` with all of its weights; return the names of other weights in its files too.
 
+    `new`: weights that its files needn't have, and that are initialized at random.
     Raises ValueError if the files lack weights, have other shapes, or hold layers that `config` leaves out.
     transformers would initialize what is missing at random, ignore the rest and continue.
     """
     loaded, report = auto_model_class(config).from_pretrained(
         **settings, output_loading_info=True, ignore_mismatched_sizes=True
     )
-    if missing := sorted(report["missing_keys"]):
+    if missing := sorted(set(report["missing_keys"]).difference(new)):
         more = f" and {len(missing) - 1:,} more" if len(missing) > 1 else ""
         raise ValueError(
             f"its files lack weights that {type(loaded).__name__} has: {missing[0]}{more}. They are those of another "
@@ -212,11 +239,19 @@ def _load_complete(config: PreTrainedConfig, settings: dict[str, Any]) -> tuple[
     return loaded, others
 
 
-def load_saved(name: str, dtype: str | None = None) -> PreTrainedModel:
+def is_reward_model(name: str) -> bool:
+    """Return whether a model or adapter, in a folder or on the hub, was saved as a reward model."""
+    if is_adapter_alone(Path(name)):
+        return read_json(Path(name, "adapter_config.json")).get("task_type") == "SEQ_CLS"
+    return is_classifier(AutoConfig.from_pretrained(name))
+
+
+def load_saved(name: str, dtype: str | None = None, *, scores: bool = False) -> PreTrainedModel:
     """Load a model for inference, on a GPU if there is one.
 
     - `name`: folder or hub id of a model, or folder of an adapter, whose base is loaded with it;
-    - `dtype`: float32 or bfloat16; None = bfloat16 on a GPU and float32 on a CPU.
+    - `dtype`: float32 or bfloat16; None = bfloat16 on a GPU and float32 on a CPU;
+    - `scores`: it must be a reward model; else a language model.
 
     Raises UserError if it can't be loaded.
     """
@@ -227,10 +262,16 @@ def load_saved(name: str, dtype: str | None = None) -> PreTrainedModel:
     base = adapter_base(Path(name)) if is_adapter_alone(Path(name)) else None
     settings = {"pretrained_model_name_or_path": base or name, "dtype": chosen, "use_safetensors": True}
     try:
+        if is_reward_model(name) != scores:
+            raise ValueError("it is no reward model" if scores else "it is a reward model, which writes no answers")
         config = AutoConfig.from_pretrained(base or name)
+        new: set[str] = set()
+        if scores and not is_classifier(config):  # the adapter has the head
+            settings["config"] = config = as_classifier(config, name)
+            new.add(SCORE_WEIGHT)
         if quantization := quantization_to_load(config):
             settings["quantization_config"] = quantization
-        loaded, _ = _load_complete(config, settings)
+        loaded, _ = _load_complete(config, settings, new)
         if base:
             loaded.load_adapter(name)
         return loaded if read_saved_quantization(loaded.config) else loaded.to(device)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftConfig, PeftModel, PeftType
+from peft import PeftConfig, PeftModel, PeftType, TaskType
 from peft.tuners.lora import Embedding, Linear, LoraLayer
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from safetensors import SafetensorError, safe_open
@@ -114,6 +114,11 @@ def _with_adapter(config: Any, adapter: Path) -> PeftModel:
             raise UserError(
                 f"{adapter}: its {key} can't be merged file by file. Merge it in memory with peft's merge_and_unload."
             )
+    if settings.task_type == TaskType.SEQ_CLS:
+        raise UserError(
+            f"{adapter}: an adapter of a reward model, whose head its base lacks. Merge it in memory with peft's "
+            "merge_and_unload."
+        )
     start = settings.init_lora_weights
     if isinstance(start, str) and start not in ("gaussian", "orthogonal", "eva"):
         raise UserError(

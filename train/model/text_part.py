@@ -10,9 +10,16 @@ from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import AutoModelForCausalLM, AutoModelForMultimodalLM, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForMultimodalLM,
+    AutoModelForSequenceClassification,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MULTIMODAL_LM_MAPPING
 
+from train.model.classifier import find_score_head, is_classifier
 from train.recipe import ModelSection
 
 _TOKENS = 64
@@ -23,6 +30,8 @@ def auto_model_class(config: PreTrainedConfig) -> Any:
 
     AutoModelForCausalLM doesn't know some multimodal models, and loads, and would save, the text part of others.
     """
+    if is_classifier(config):
+        return AutoModelForSequenceClassification
     saved_as = config.architectures or ()
     classes = [
         (auto, mapping[type(config)].__name__)
@@ -34,6 +43,11 @@ def auto_model_class(config: PreTrainedConfig) -> Any:
     ]
     exact = next((auto for auto, name in classes if name in saved_as), None)
     return exact or (classes[0][0] if classes else AutoModelForCausalLM)
+
+
+def output_layer(model: PreTrainedModel) -> Any:
+    """Return the layer after the decoder: that of a language model, or the score head of a reward model."""
+    return model.get_output_embeddings() or find_score_head(model)
 
 
 def build_meta_model(config: PreTrainedConfig, model: ModelSection) -> PreTrainedModel:
@@ -60,7 +74,7 @@ def find_idle_parameters(model: PreTrainedModel) -> frozenset[str]:
     try:
         reached = _reached(model)
     except Exception:  # whatever an architecture does that fake tensors don't support
-        ends = (model.get_decoder(), model.get_input_embeddings(), model.get_output_embeddings())
+        ends = (model.get_decoder(), model.get_input_embeddings(), output_layer(model))
         reached = {id(weight) for part in ends if part is not None for weight in part.parameters()}
     return frozenset(name for name, weight in model.named_parameters() if id(weight) not in reached)
 

@@ -112,6 +112,7 @@ def checks_key(recipe: Recipe, *, elsewhere: bool = False) -> str | None:
                 mode="json", include={"model", "chat", "adapter", "quantization", "training"}
             ),
             "max_length": recipe.data.max_length,
+            **({"reward model": True} if recipe.trains_reward_model else {}),
             "template": _template_digest(recipe),
             "packages": {name: _version(name) for name in _PACKAGES},
             "gpu": "elsewhere" if elsewhere else _gpu(),

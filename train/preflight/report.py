@@ -7,7 +7,6 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from train.data.chat.system_role import describe_effect
@@ -273,22 +272,17 @@ def _float8_warnings(recipe: Recipe) -> list[str]:
 
 
 def _plan(recipe: Recipe, data: PreparedData, steps: Schedule, cluster: "Cluster") -> "RunPlan":
-    from train.model.load import load_config
+    from train.model.load import trained_config
     from train.preflight.plan.candidates import Candidates
     from train.preflight.plan.plan import plan_run
 
     stats, dataset = data.train.stats, data.train.dataset
-    lengths = np.minimum(stats.lengths, recipe.data.max_length)
-    if recipe.data.overlong != "truncate":
-        lengths = stats.lengths[stats.lengths <= recipe.data.max_length]
-    longest = stats.capacity if recipe.data.packing else int(lengths.max(initial=1))
-    if isinstance(dataset, PairDataset):  # a document is a half
-        lengths = dataset.half_lengths.ravel()
-        longest = stats.capacity if recipe.data.packing else int(dataset.lengths.max(initial=1))
+    documents = dataset.half_lengths.ravel() if isinstance(dataset, PairDataset) else dataset.lengths
+    longest = stats.capacity if recipe.data.packing else int(dataset.lengths.max(initial=1))
     return plan_run(
-        Candidates(recipe, load_config(recipe.model), longest),
+        Candidates(recipe, trained_config(recipe), longest),
         cluster,
-        lengths,
+        documents,
         steps=steps.steps,
         epochs=steps.epochs,
         sequences_per_step=steps.sequences_per_step,

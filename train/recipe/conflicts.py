@@ -10,7 +10,7 @@ from pydantic import ValidationError
 from train.formatting import format_count
 from train.recipe.lr_schedules import FOLLOWS_EVALUATION
 from train.recipe.measurements import GAIN_METRICS, SAMPLE_METRICS, TurnsSamples, is_gain_metric, measured_by
-from train.recipe.preference import PREFERENCE_METRICS, check_preference
+from train.recipe.preference import PREFERENCE_METRICS, REWARD_METRICS, check_preference
 from train.recipe.sft_config import CONFIG_FILES, TOKEN_LOSSES, with_defaults
 from train.recipe.yaml_document import Document, closest_match, describe_value, did_you_mean, suggest_files
 
@@ -29,11 +29,11 @@ class Conflict(NamedTuple):
 
 
 def training_conflicts(
-    training: Mapping[str, Any], *, has_validation: bool, on_pairs: bool = False
+    training: Mapping[str, Any], *, has_validation: bool, preference: str | None = None
 ) -> Iterator[Conflict]:
     """Yield the conflicts inside `training` that are certain. Values of the wrong type are not reported here.
 
-    `on_pairs`: it is preference training.
+    `preference`: the loss of preference training; None = there is none.
     """
     evaluates = training.get("eval_strategy") in ("steps", "epoch")
     for first, second in ("bf16", "fp16"), ("bf16_full_eval", "fp16_full_eval"):
@@ -57,7 +57,9 @@ def training_conflicts(
     if training.get("liger_kernel_config") and not training.get("use_liger_kernel"):
         yield Conflict("liger_kernel_config", "has no effect without `training.use_liger_kernel: true`. Add it.")
     metric = training.get("metric_for_best_model")
-    metrics = (*_METRICS, *(PREFERENCE_METRICS if on_pairs else ()))
+    metrics = (*_METRICS, *(PREFERENCE_METRICS if preference else ()))
+    if preference == "reward":
+        metrics = ("loss", *REWARD_METRICS)
     if isinstance(metric, str) and metric.removeprefix("eval_") not in metrics:
         allowed = ", ".join(f"eval_{name}" for name in metrics)
         yield Conflict("metric_for_best_model", f"found {metric!r}. Allowed: {allowed}.")
@@ -92,7 +94,7 @@ def _wrong_direction(training: Mapping[str, Any]) -> Iterator[Conflict]:
     metric = training.get("metric_for_best_model", "loss" if training.get("load_best_model_at_end") is True else None)
     if not isinstance(greater, bool) or not isinstance(metric, str):
         return
-    should_be = metric.removeprefix("eval_") in (*PREFERENCE_METRICS, "mean_token_accuracy")
+    should_be = metric.removeprefix("eval_") in (*PREFERENCE_METRICS, *REWARD_METRICS, "mean_token_accuracy")
     should_be = should_be or is_gain_metric(metric) or bool(measured_by(metric))
     if greater != should_be and (should_be or metric.endswith("loss")):
         better, selected = ("greater", "smallest") if should_be else ("smaller", "greatest")

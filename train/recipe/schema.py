@@ -315,6 +315,26 @@ class Recipe(Section):
         """Return the command that trains this recipe."""
         return "train/sft.py" if self.preference is None else "train/preference.py"
 
+    @property
+    def documents_per_row(self) -> int:
+        """Return the number of documents that a row is trained as: 2 of a pair."""
+        return 1 if self.preference is None else 2
+
+    @property
+    def sequence_length(self) -> int:
+        """Return the most tokens of a sequence: one row of `data.max_length`, or both halves of a pair."""
+        return self.data.max_length * self.documents_per_row
+
+    @property
+    def joins_documents(self) -> bool:
+        """Return whether the documents of a batch are joined without padding, whatever the model."""
+        return self.data.packing or self.preference is not None
+
+    @property
+    def trains_reward_model(self) -> bool:
+        """Return whether the model scores answers and writes none."""
+        return self.preference is not None and self.preference.loss == "reward"
+
     def to_yaml(self) -> str:
         """Return the resolved recipe as YAML, which loads as an equal recipe.
 

@@ -10,6 +10,7 @@ from pydantic import BaseModel, ValidationError
 
 from train.recipe import lr_schedules, optimizer_arguments
 from train.recipe.conflicts import check_files, check_sections, resolve_duration, training_conflicts
+from train.recipe.preference import resolve_system_gain
 from train.recipe.sft_config import OWNED, training_model, with_defaults
 from train.recipe.yaml_document import (
     Document,
@@ -30,6 +31,7 @@ def validate_recipe(document: Document, root: type[Root]) -> Root:
     """Return the recipe as `root`, the model of all sections. Raises UserError with all errors of `document`."""
     _expand_paths(document, root)
     resolve_duration(document)
+    resolve_system_gain(document)
     training = document.section("training")
     recipe = _validate(document, root, root)
     if _validate(document, training_model(), root, ("training",)) is not None:
@@ -37,8 +39,8 @@ def validate_recipe(document: Document, root: type[Root]) -> Root:
         for key, message in optimizer_arguments.optimizer_conflicts(with_defaults(training)):
             document.add_error(("training", key), message)
     has_validation = document.section("data").get("validation") is not None
-    on_pairs = document.tree.get("preference") is not None
-    for conflict in training_conflicts(training, has_validation=has_validation, on_pairs=on_pairs):
+    loss = document.section("preference").get("loss")
+    for conflict in training_conflicts(training, has_validation=has_validation, preference=loss):
         document.add_error(("training", conflict.key), conflict.message)
     check_sections(document)
     check_files(document)

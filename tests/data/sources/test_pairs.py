@@ -77,6 +77,20 @@ SAME_PAIR: dict[str, dict[str, Any]] = {
 }
 
 
+def test_transcripts_are_conversations() -> None:
+    """As in Anthropic/hh-rlhf: all turns in one text, and the turns before the last one in both."""
+    before = "\n\nHuman: Hi.\n\nAssistant: Hello! Which of these:\n\n- tea\n\nHuman: What is tea?\n\nAssistant:"
+    pair = read_pair({"chosen": f"{before} A drink.", "rejected": f"{before} {BAD['content']}"}, "hh:1")
+    prompt = [turn("user", "Hi."), turn("assistant", "Hello! Which of these:\n\n- tea"), USER]
+    assert [{**message, "train": True} for message in pair.chosen.messages] == [
+        {**message, "train": True} for message in (*prompt, GOOD)
+    ]
+    assert pair.rejected.messages[-1] == BAD
+    assert pair.answer == 3
+    in_prose = read_pair({**COLUMNS, "chosen": "Human: is a word.", "rejected": "Say\n\nHuman: hello"}, "x:1")
+    assert [message["content"] for message in in_prose.rejected.messages[2:]] == ["Say\n\nHuman: hello"]
+
+
 @pytest.mark.parametrize("name", SAME_PAIR)
 def test_all_shapes_of_a_pair_give_the_same_conversations(name: str) -> None:
     row = SAME_PAIR[name]

@@ -5,6 +5,7 @@
 | conversations (Multifaceted Collection)   | the messages that both begin with, up to the first answer that differs  |
 | answers: lists of turns, turns, or texts  | `PROMPTS` or `TURN_COLUMNS`: a text, or a list of turns                 |
 
+Conversations may be transcripts: texts with `\\n\\nHuman:` or `\\n\\nAssistant:` before each turn (hh-rlhf).
 A list that begins with an answer is one of answers. A prompt of text may have `input` or `context` (as of alpaca) and
 `history` beside it; some data sets have `input` alone. The other columns of all formats are read too: a system message
 beside the pair is that of both halves. A prompt column beside complete conversations is not read again.
@@ -13,6 +14,7 @@ The answers of the prompt are not trained (`train: false`), as those of prompt_c
 an answer in both halves.
 """
 
+import re
 from collections.abc import Collection, Iterable
 from typing import Any, NamedTuple
 
@@ -38,6 +40,7 @@ PREFERENCE = "preference"
 HALVES = ("chosen", "rejected")
 TURN_COLUMNS = ("prompt", "conversations", "messages")
 PROMPTS = ("prompt", "user_prompt", "instruction", "question", "query")
+_TURN_OF_TRANSCRIPT = re.compile(r"\n\n(Human|Assistant):")
 _WITH_CONTEXT = ("instruction", "question", "query")
 _WEIGHT_KEYS = frozenset(("train", LOSS_WEIGHT))
 
@@ -84,6 +87,9 @@ def read_pair(row: RawRow, place: str, *, ignore: Collection[str] = (), unread: 
 def _read_half(row: RawRow, column: str, unread: Unread) -> list[Message]:
     """Return the turns of `chosen` or `rejected`: at least one."""
     value = require(row, column)
+    if isinstance(value, str) and value.startswith("\n\nHuman:"):
+        parts = _TURN_OF_TRANSCRIPT.split(value)[1:]
+        value = [{"role": role, "content": text.strip()} for role, text in zip(parts[::2], parts[1::2], strict=True)]
     if isinstance(value, str) and not is_list_of_turns(value):
         return [new_message("assistant", check_text(value, f"`{column}`"))]
     turns = read_turns([value] if isinstance(value, dict) else value, column, unread)

@@ -97,9 +97,7 @@ class LocalGenerator:
         self.tokenizer = open_tokenizer(model.model, model.template, model.system_role)
         if self.tokenizer.pad_token_id is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
-        identity = [fingerprint(model.model), str(self.tokenizer.chat_template), model.dtype]
-        digest = hashlib.blake2b(json.dumps(identity).encode(), digest_size=6).hexdigest()
-        self.name = f"{os.path.normpath(model.model)}@{digest}"
+        self.name = journal_name(model.model, self.tokenizer, model.dtype)
 
     @cached_property
     def weights(self) -> Any:
@@ -186,6 +184,13 @@ def _sampling_arguments(decoding: Decoding) -> dict[str, Any]:
     if decoding.top_p is not None:
         sampling["top_p"] = decoding.top_p
     return sampling
+
+
+def journal_name(model: str, tokenizer: PreTrainedTokenizerBase, dtype: str | None) -> str:
+    """Return the model's name in a journal, with a digest of its files, template and dtype."""
+    identity = [fingerprint(model), str(tokenizer.chat_template), dtype]
+    digest = hashlib.blake2b(json.dumps(identity).encode(), digest_size=6).hexdigest()
+    return f"{os.path.normpath(model)}@{digest}"
 
 
 def fingerprint(model: str) -> list[Any]:

@@ -21,6 +21,7 @@ from train.errors import UserError
 from train.loop.batch_info import BATCH_INFO
 from train.loop.sequence_slice import gather_slices
 from train.model.attention.document_borders import takes_borders
+from train.model.classifier import find_score_head, score_tokens
 from train.model.float8 import without_float8
 from train.model.inference import evaluation_mode
 from train.ranks import is_first_rank
@@ -148,12 +149,15 @@ def _token_losses(trainer: SFTTrainer, documents: list[list[int]], *, whole: boo
     batch = collate([{"input_ids": tokens, "labels": tokens, "seq_lengths": lengths, "sequence": 0}])
     inputs = trainer._prepare_inputs(batch)  # as in training, where it could add a mask
     inputs.pop(BATCH_INFO, None)
+    model, head = trainer.model_wrapped, find_score_head(trainer.model)
     with trainer.compute_loss_context_manager():
-        outputs = trainer.model_wrapped(**inputs, use_cache=False, fused_lm_head=True)  # as TRL's compute_loss does
-    log_probs = outputs.log_probs
+        if head is not None:  # of a reward model: in place of losses the sizes of the rewards
+            values = score_tokens(model, head, inputs)[:, :-1].abs()
+        else:
+            values = -model(**inputs, use_cache=False, fused_lm_head=True).log_probs  # as TRL's compute_loss does
     if group is not None:
-        log_probs = gather_slices(log_probs, group)
-    losses = -log_probs[0].double().cpu()
+        values = gather_slices(values, group)
+    losses = values[0].double().cpu()
     starts = itertools.accumulate(lengths, initial=0)
     return [losses[start : start + length - 1] for start, length in zip(starts, lengths, strict=False)]
 

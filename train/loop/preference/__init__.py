@@ -1,1 +1,1 @@
-"""Preference training: DPO and ORPO on packed pairs, the reference's log-probabilities, and the trainer."""
+"""Preference training: DPO, ORPO and reward models on packed pairs; the reference's log-probabilities."""

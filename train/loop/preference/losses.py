@@ -4,10 +4,11 @@ log-probabilities   c, r: sums over the trained tokens of the chosen and of the 
 log-ratios          x = c - c0, y = r - r0
 DPO                 sigmoid: -log sigmoid(beta (x - y)), arXiv:2305.18290
 ORPO                NLL of the chosen answer - beta log sigmoid(log odds(chosen) - log odds(rejected)), arXiv:2403.07691
+reward model        -log sigmoid(c - r) + centering (c + r)^2, arXiv:2203.02155 and 2312.09244; c, r: rewards of the two
 
-The names are those of TRL's DPOConfig.loss_type and ORPOConfig. The loss of an optimizer step is a mean over its pairs;
-the negative log-likelihood of ORPO and of `sft` is one over the trained tokens of its chosen answers, as TRL's is over
-those of a batch. TRL's ORPO adds the tokens of the prompt, which are not trained here.
+The names are those of TRL's DPOConfig.loss_type, ORPOConfig and RewardConfig. The loss of an optimizer step is a mean
+over its pairs; the negative log-likelihood of ORPO and of `sft` is one over the trained tokens of its chosen answers,
+as TRL's is over those of a batch. TRL's ORPO adds the tokens of the prompt, which are not trained here.
 """
 
 from typing import NamedTuple
@@ -19,8 +20,9 @@ from train.recipe.preference import PreferenceSection
 
 
 class AnswerScores(NamedTuple):
-    """Log-probabilities of the answers of pairs, summed over trained tokens, and numbers of these tokens: [pairs].
+    """Scores of the answers of pairs, and numbers of their trained tokens: [pairs].
 
+    A score is the sum of an answer's log-probabilities; of a reward model its reward.
     `first_token`: position of the first trained token of the chosen answer in the batch.
     """
 
@@ -37,7 +39,8 @@ class PairLosses(NamedTuple):
     - `losses`: [pairs], without the negative log-likelihood of the chosen answers.
     - `nll_weight`: weight of that.
     - `chosen_rewards`, `rejected_rewards`: [pairs], without gradients.
-    - `chosen_logps`, `rejected_logps`: log-probabilities for the metrics, [pairs]: those of answers, ORPO's of tokens.
+    - `chosen_logps`, `rejected_logps`: log-probabilities for the metrics, [pairs]: those of answers, ORPO's of tokens;
+      of a reward model the rewards again.
     """
 
     losses: torch.Tensor
@@ -51,8 +54,10 @@ class PairLosses(NamedTuple):
 def compute_losses(section: PreferenceSection, scores: AnswerScores, reference: torch.Tensor | None) -> PairLosses:
     """Return the losses that the recipe names.
 
-    `reference`: the reference's log-probabilities of the answers, chosen and rejected: [pairs, 2]; not for ORPO.
+    `reference`: the reference's log-probabilities of the answers, chosen and rejected: [pairs, 2]; for DPO alone.
     """
+    if section.loss == "reward":
+        return _reward(scores, section.center_rewards_coefficient or 0.0)
     if section.loss == "orpo":
         return _orpo(scores, section.beta)
     assert reference is not None
@@ -107,6 +112,12 @@ def _orpo(scores: AnswerScores, beta: float) -> PairLosses:
     losses = -beta * logsigmoid(_log_odds(chosen) - _log_odds(rejected))
     chosen, rejected = chosen.detach(), rejected.detach()
     return PairLosses(losses, 1.0, beta * chosen, beta * rejected, chosen, rejected)
+
+
+def _reward(scores: AnswerScores, centering: float) -> PairLosses:
+    losses = -logsigmoid(scores.chosen - scores.rejected) + centering * (scores.chosen + scores.rejected).square()
+    chosen, rejected = scores.chosen.detach(), scores.rejected.detach()
+    return PairLosses(losses, 0.0, chosen, rejected, chosen, rejected)
 
 
 def _log_odds(log_probabilities: torch.Tensor) -> torch.Tensor:

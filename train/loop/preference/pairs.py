@@ -54,23 +54,33 @@ def score_answers(outputs: Any, documents: torch.Tensor, pairs: int) -> AnswerSc
         pairs: their number.
     """
     # no index_add_: on a GPU it adds in another order each time, and a resumed run is bit-identical
-    of_document = documents == torch.arange(2 * pairs, device=documents.device)[:, None]
+    of_document = tokens_of(documents, pairs)
     sums = torch.where(of_document, outputs.log_probs[0], 0).sum(1)
-    trained = of_document & outputs.label_mask[0]
+    return by_pair(sums, of_document & outputs.label_mask[0])
+
+
+def tokens_of(documents: torch.Tensor, pairs: int) -> torch.Tensor:
+    """Return which predicted tokens each document has, [documents, tokens - 1]."""
+    return documents == torch.arange(2 * pairs, device=documents.device)[:, None]
+
+
+def by_pair(scores: torch.Tensor, trained: torch.Tensor) -> AnswerScores:
+    """Return scores [documents] by pair. `trained`: the trained tokens of each document, [documents, tokens - 1]."""
     tokens, first = trained.sum(1), trained[0::2].int().argmax(1)
-    return AnswerScores(sums[0::2], sums[1::2], tokens[0::2], tokens[1::2], first)
+    return AnswerScores(scores[0::2], scores[1::2], tokens[0::2], tokens[1::2], first)
 
 
-def place_losses(losses: PairLosses, scores: AnswerScores, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def place_losses(losses: PairLosses, scores: AnswerScores, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the loss of each pair at the first trained token of its chosen answer, and where that is.
 
-    Both have the shape of `like`, [1, tokens - 1]. So means over tokens are means over pairs.
+    Both are [1, tokens]: those that are predicted. So means over tokens are means over pairs.
     """
     counted = scores.chosen_tokens > 0
     nll = -scores.chosen / scores.chosen_tokens.clamp(min=1)
     values = (losses.losses + losses.nll_weight * nll).detach().where(counted, 0)
-    placed = torch.zeros_like(like).scatter_add(1, scores.first_token[None], values[None])
-    has_loss = torch.zeros_like(like).scatter_add(1, scores.first_token[None], counted.to(like.dtype)[None])
+    nowhere = values.new_zeros(1, tokens)
+    placed = nowhere.scatter_add(1, scores.first_token[None], values[None])
+    has_loss = nowhere.scatter_add(1, scores.first_token[None], counted.to(values.dtype)[None])
     return placed, has_loss > 0
 
 

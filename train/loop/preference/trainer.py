@@ -11,13 +11,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 from trl import SFTConfig
 from trl.trainer.utils import disable_dropout_in_model
 
+from train.data.loss_mask import NOT_TRAINED
 from train.data.prepared_data import PreparedData
 from train.errors import UserError
 from train.formatting import format_count
 from train.loop.batch_info import BATCH_INFO, BatchInfo
 from train.loop.loss import needs_logits, score_labels
 from train.loop.preemption_callback import EvaluationStoppedError
-from train.loop.preference.losses import compute_losses, step_loss
+from train.loop.preference.losses import AnswerScores, PairLosses, compute_losses, step_loss
 from train.loop.preference.pairs import (
     DOCUMENTS,
     PAIR_METRICS,
@@ -91,24 +92,34 @@ class PreferenceTrainer(JanusTrainer):
         """Return the loss of the pairs of a micro-batch, and add its sums on the device."""
         batch: BatchInfo = inputs.pop(BATCH_INFO)  # type: ignore[assignment]
         numbers, documents = inputs.pop(PAIRS), inputs.pop(DOCUMENTS)
-        training = self.model.training
+        training, trained = self.model.training, inputs["labels"][:, 1:] != NOT_TRAINED
         with self._throughput.timed("forward"):
-            outputs = score_labels(model, self._unwrap(), inputs)
-            scores = score_answers(outputs, documents, len(numbers))
+            outputs, scores = self._score(model, inputs, documents, len(numbers))
             losses = compute_losses(self._section, scores, self._reference_of(numbers, training=training))
             loss = step_loss(losses, scores, num_items_in_batch)
             if num_items_in_batch is not None and self.args.average_tokens_across_devices:
                 loss = loss * self.accelerator.num_processes
-        sums = sum_pairs(outputs, documents, scores, losses)
-        token_losses, has_loss = place_losses(losses, scores, outputs.log_probs)
+        sums = self._sum(outputs, documents, scores, losses)
+        token_losses, has_loss = place_losses(losses, scores, len(documents))
         if training:
             self._count(batch, sums)
             self._guards.add(replace(batch, trained_tokens=len(numbers)), token_losses, has_loss)
-            self._sources.add(batch, token_losses, outputs.label_mask, weights=has_loss)  # one for each pair
+            self._sources.add(batch, token_losses, trained, weights=has_loss)  # one for each pair
         else:
             self._evaluated += sums
-            self._evaluated_sources.add(batch, token_losses, outputs.label_mask, weights=has_loss)
+            self._evaluated_sources.add(batch, token_losses, trained, weights=has_loss)
         return loss
+
+    def _score(
+        self, model: torch.nn.Module, inputs: dict[str, Any], documents: torch.Tensor, pairs: int
+    ) -> tuple[Any, AnswerScores]:
+        """Return the model's outputs on a batch, and the scores of its answers."""
+        outputs = score_labels(model, self._unwrap(), inputs)
+        return outputs, score_answers(outputs, documents, pairs)
+
+    def _sum(self, outputs: Any, documents: torch.Tensor, scores: AnswerScores, losses: PairLosses) -> torch.Tensor:
+        """Return the sums of `mean_metrics`."""
+        return sum_pairs(outputs, documents, scores, losses)
 
     # Reference
 
@@ -190,8 +201,7 @@ class PreferenceTrainer(JanusTrainer):
             inputs = self._prepare_inputs(self.data_collator([item]))
             numbers, documents, _ = inputs.pop(PAIRS), inputs.pop(DOCUMENTS), inputs.pop(BATCH_INFO)
             with self.compute_loss_context_manager():
-                outputs = score_labels(self.model_wrapped, model, inputs)
-            scores = score_answers(outputs, documents, len(numbers))
+                _, scores = self._score(self.model_wrapped, inputs, documents, len(numbers))
             if bar:
                 bar.advance(self.accelerator.num_processes)
             self._preemption_callback.on_prediction_step(self.args, self.state, self.control)

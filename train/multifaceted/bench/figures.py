@@ -119,13 +119,13 @@ def _best_of(judged: Sequence[JudgedRow], protocol: Protocol, seed: int) -> dict
     """Return the baseline of the pick: the mean of all responses, over the runs in which all were judged."""
     record: dict[str, Any] = {
         "answers": protocol.best_of,
-        "picked_by": protocol.pick_by,
+        "picked_by": protocol.picked_by,
         "upper_bound": protocol.pick_by == "all runs",
         "fewer_answers": sum(
             sum(part.response.text is not None for part in row.responses) < protocol.best_of for row in judged
         ),
     }
-    if protocol.pick_by != "file":
+    if not protocol.picks_by_given_scores:
         runs = range(1) if protocol.picks_by_first_run else protocol.scoring_runs
         of_all = [mean_of(response.score(runs) for response in row.responses) for row in judged]
         record["all_answers"] = _estimate(list(enumerate(of_all)), seed) | {"runs": [run + 1 for run in runs]}

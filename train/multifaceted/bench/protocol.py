@@ -27,7 +27,7 @@ MAX_ANSWERS = 1_024
 GOOD = 4.0
 """Score from which a tie of two models counts as both good. The paper states no number; this one is ours."""
 
-Picking = Literal["first run", "all runs", "file"]
+Picking = Literal["first run", "all runs", "file", "reward"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,11 +43,27 @@ class JudgeSettings:
 
 @dataclass(frozen=True, slots=True)
 class Protocol:
-    """Scoring of rows: the judge's settings, and the pick of one of several answers; `best_of` 1 picks nothing."""
+    """Scoring of rows: the judge's settings, and the pick of one of several answers; `best_of` 1 picks nothing.
+
+    `reward_model`: name of the model that picks by `reward`.
+    """
 
     judge: JudgeSettings
     best_of: int = 1
     pick_by: Picking = "first run"
+    reward_model: str | None = None
+
+    @property
+    def picked_by(self) -> str | None:
+        """Return the pick as files record it; None if there is one answer."""
+        if self.best_of == 1:
+            return None
+        return f"reward model {self.reward_model}" if self.pick_by == "reward" else self.pick_by
+
+    @property
+    def picks_by_given_scores(self) -> bool:
+        """Return whether scores from elsewhere pick, so that the judge sees only the answer that is picked."""
+        return self.best_of > 1 and self.pick_by in ("file", "reward")
 
     @property
     def picks_by_first_run(self) -> bool:
@@ -71,7 +87,7 @@ OPTIONS = {
     "judge top_p": "--judge-top-p",
     "judge extra": "--judge-extra",
     "best of": "--best-of",
-    "picked by": "--pick-by",
+    "picked by": "--pick-by, --reward-model",
     "decoding": "--max-tokens, --temperature, --top-p, --repetition-penalty",
 }
 """Settings that must agree before scores are compared, each with the option that sets it.
@@ -103,11 +119,10 @@ def decoding_record(decoding: Decoding, papers: Decoding) -> dict[str, Any]:
 
 def settings_of(protocol: Protocol, prompt_version: int, responses: Decoding | None) -> dict[str, Any]:
     """Return the value of each of OPTIONS for a run. `responses`: their sampling settings; None = read from a file."""
-    picks = protocol.best_of > 1
     return protocol_of(
         {
             "judge": judge_record(protocol.judge, prompt_version),
-            "best_of": {"answers": protocol.best_of, "picked_by": protocol.pick_by if picks else None},
+            "best_of": {"answers": protocol.best_of, "picked_by": protocol.picked_by},
             "decoding": decoding_record(responses, PAPERS_RESPONSES) if responses else None,
         }
     )

@@ -281,7 +281,7 @@ def _about_best(best: Mapping[str, Any]) -> str:
         "first run": "the judge's first run; the other runs score it",
         "all runs": "the same runs that score it, so the score is an **upper bound**",
         "file": "the scores in the file of responses",
-    }[best["picked_by"]]
+    }.get(best["picked_by"], f"the {best['picked_by']}")
     text = f"Best of {best['answers']}: one answer to each row, picked by {by}."
     if every := best.get("all_answers"):
         text += f" Mean of all answers: {_shown(every)} (run {', '.join(map(str, every['runs']))})."

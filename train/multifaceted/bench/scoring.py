@@ -14,6 +14,7 @@ Best of N picks one of N responses to each row:
   pick and score.
 - `all runs`: the same runs pick and score; the result is an upper bound and reported as one.
 - `file`: the given scores pick, and the judge sees only the picked response.
+- `reward`: so do those of a reward model (`evaluation/models/rewards.py`).
 """
 
 import asyncio
@@ -44,7 +45,7 @@ class Response:
     """One response to a row.
 
     - `text`: None if there is no response; `missing` is the reason.
-    - `given_score`: the score that the file of responses gives it.
+    - `given_score`: the score that the file of responses or a reward model gives it.
     - `only_reasoning`: the model's reasoning never ended. The text is empty and judged as that.
     - `refused`: a filter withheld it, or the model's refusal was marked as one.
     """
@@ -155,7 +156,7 @@ async def judge_row(client: JudgeClient, protocol: Protocol, row: BenchRow, resp
             for response, of_rubrics in zip(responses, judged, strict=True)
         )
 
-    if protocol.best_of > 1 and protocol.pick_by == "file":
+    if protocol.picks_by_given_scores:
         given_scores = [response.given_score if response.text is not None else None for response in responses]
         picked = _highest(given_scores, responses)
         await judge([] if picked is None else [picked], runs)

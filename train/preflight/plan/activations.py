@@ -122,8 +122,8 @@ class ActivationTracer:
             self._classify(setting.weights)
             if is_flash(self._kernel):
                 return self._interpolated(setting, tokens) or self._trace(setting, tokens, 1)
-            # without packing rows are padded to the longest
-            return self._trace(setting, tokens, 1 if self._recipe.data.packing else max(1, tokens // longest))
+            # else the rows of a batch are padded to the longest
+            return self._trace(setting, tokens, 1 if self._recipe.joins_documents else max(1, tokens // longest))
 
     def trace_all_layers(
         self, *, weights: str, autocast: bool, checkpointing: Checkpointing, tokens: int, adapter: str = "float32"

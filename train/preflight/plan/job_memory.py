@@ -11,7 +11,7 @@ import numpy as np
 
 from train.errors import UserError
 from train.model.flops import PEAK_FLOPS, count_training_flops
-from train.model.load import load_config
+from train.model.load import trained_config
 from train.preflight.plan.candidates import (
     Candidate,
     Candidates,
@@ -52,9 +52,9 @@ def parse_gpu_names(names: Sequence[str], count: int) -> str | None:
 def open_candidates(recipe: Recipe) -> Candidates:
     """Return the candidates of a recipe. Raises UserError for a model that can't be planned.
 
-    The data isn't read: rows are assumed to be data.max_length long.
+    The data isn't read: rows are assumed to be data.max_length long, as both halves of a pair.
     """
-    return Candidates(recipe, load_config(recipe.model), recipe.data.max_length)
+    return Candidates(recipe, trained_config(recipe), recipe.sequence_length)
 
 
 def can_be_planned(recipe: Recipe) -> bool:
@@ -118,7 +118,8 @@ def _list_ways(candidates: Candidates, cluster: Cluster, strategy: Strategy) -> 
     Adam. Then with offload.
     """
     recipe = candidates.recipe
-    documents = np.full(sequences_per_step(recipe, cluster.processes), recipe.data.max_length)
+    sequences = sequences_per_step(recipe, cluster.processes)
+    documents = np.full(sequences * recipe.documents_per_row, recipe.data.max_length)
     workload = Workload(1, count_training_flops(candidates.shape, documents))
 
     def way(candidate: Candidate, nodes: int) -> str:

@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from train.model.attention.torch_varlen import KERNEL
+from train.model.classifier import find_score_head
 from train.preflight.plan.fused_head import FusedHeadAllocations
 
 _BLOCK = 512
@@ -137,6 +138,8 @@ def trace_step(
 def _loss(model: Any, log: AllocationLog, inputs: dict[str, Any]) -> torch.Tensor:
     """Return the loss as the forward of trl's add_fused_lm_head does, with all tokens trained."""
     hidden = model.base_model(**inputs, use_cache=False).last_hidden_state[:, :-1]
+    if (score_head := find_score_head(model)) is not None:
+        return score_head(hidden).sum()
     head = model.get_output_embeddings()
     tokens = hidden.shape[0] * hidden.shape[1]
     index, targets = torch.arange(tokens), torch.zeros(tokens, dtype=torch.long)

@@ -17,7 +17,7 @@ from transformers.masking_utils import flash_attention_mask
 from train.model.adapters import lora_config
 from train.model.attention import torch_varlen
 from train.model.attention.selection import attention_needs, choose_attention, machine
-from train.model.text_part import build_meta_model, find_idle_parameters, freeze
+from train.model.text_part import build_meta_model, find_idle_parameters, freeze, output_layer
 from train.recipe import QuantizationSection, Recipe
 
 _FLASH = "traced_varlen"
@@ -206,7 +206,7 @@ def _quantize(model: PreTrainedModel, section: QuantizationSection) -> None:
     """Replace the linear layers but the output layer by bitsandbytes' 4-bit ones, without weights."""
     import bitsandbytes
 
-    output = model.get_output_embeddings()
+    output = output_layer(model)
     for parent in list(model.modules()):
         for name, module in list(parent.named_children()):
             if isinstance(module, torch.nn.Linear) and module is not output:

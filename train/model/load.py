@@ -3,7 +3,6 @@
 import re
 import shutil
 import sys
-from collections.abc import Collection
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -181,13 +180,11 @@ def load_model(recipe: Recipe) -> PreTrainedModel:
         quantization = quantization_config(recipe.quantization)
     if quantization is not None:
         settings["quantization_config"] = quantization
-    new: set[str] = set()
-    if recipe.trains_reward_model and not is_classifier(load_config(model)):
-        new.add(SCORE_WEIGHT)
-        settings["config"] = config
+    new_head = recipe.trains_reward_model and not is_classifier(load_config(model))
+    if new_head:
         torch.manual_seed(recipe.seed)
     try:
-        loaded, others = _load_complete(config, {**origin(model), **settings}, new)
+        loaded, others = _load_complete(config, {**origin(model), **settings}, new_head=new_head)
     except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
         if not model.allow_pickle and _has_pickled_weights(model.name_or_path):
             raise UserError(
@@ -210,18 +207,20 @@ def load_model(recipe: Recipe) -> PreTrainedModel:
 
 
 def _load_complete(
-    config: PreTrainedConfig, settings: dict[str, Any], new: Collection[str] = ()
+    config: PreTrainedConfig, settings: dict[str, Any], *, new_head: bool = False
 ) -> tuple[PreTrainedModel, list[str]]:
     """Load the model of `config` with all of its weights; return the names of other weights in its files too.
 
-    `new`: weights that its files needn't have, and that are initialized at random.
+    `new_head`: it is a reward model whose files lack the score head, which is initialized at random.
     Raises ValueError if the files lack weights, have other shapes, or hold layers that `config` leaves out.
     transformers would initialize what is missing at random, ignore the rest and continue.
     """
+    if new_head:
+        settings = {**settings, "config": config}
     loaded, report = auto_model_class(config).from_pretrained(
         **settings, output_loading_info=True, ignore_mismatched_sizes=True
     )
-    if missing := sorted(set(report["missing_keys"]).difference(new)):
+    if missing := sorted(set(report["missing_keys"]) - ({SCORE_WEIGHT} if new_head else set())):
         more = f" and {len(missing) - 1:,} more" if len(missing) > 1 else ""
         raise ValueError(
             f"its files lack weights that {type(loaded).__name__} has: {missing[0]}{more}. They are those of another "
@@ -243,7 +242,8 @@ def is_reward_model(name: str) -> bool:
     """Return whether a model or adapter, in a folder or on the hub, was saved as a reward model."""
     if is_adapter_alone(Path(name)):
         return read_json(Path(name, "adapter_config.json")).get("task_type") == "SEQ_CLS"
-    return is_classifier(AutoConfig.from_pretrained(name))
+    config = AutoConfig.from_pretrained(name)
+    return is_classifier(config) and config.num_labels == 1
 
 
 def load_saved(name: str, dtype: str | None = None, *, scores: bool = False) -> PreTrainedModel:
@@ -262,16 +262,17 @@ def load_saved(name: str, dtype: str | None = None, *, scores: bool = False) -> 
     base = adapter_base(Path(name)) if is_adapter_alone(Path(name)) else None
     settings = {"pretrained_model_name_or_path": base or name, "dtype": chosen, "use_safetensors": True}
     try:
-        if is_reward_model(name) != scores:
-            raise ValueError("it is no reward model" if scores else "it is a reward model, which writes no answers")
         config = AutoConfig.from_pretrained(base or name)
-        new: set[str] = set()
-        if scores and not is_classifier(config):  # the adapter has the head
-            settings["config"] = config = as_classifier(config, name)
-            new.add(SCORE_WEIGHT)
+        if scores and not is_reward_model(name):
+            raise ValueError("it is no reward model")
+        if not scores and (is_classifier(config) or is_reward_model(name)):
+            raise ValueError("it is a reward model or another classifier, which writes no answers")
+        new_head = scores and not is_classifier(config)  # the adapter has it
+        if new_head:
+            config = as_classifier(config, name)
         if quantization := quantization_to_load(config):
             settings["quantization_config"] = quantization
-        loaded, _ = _load_complete(config, settings, new)
+        loaded, _ = _load_complete(config, settings, new_head=new_head)
         if base:
             loaded.load_adapter(name)
         return loaded if read_saved_quantization(loaded.config) else loaded.to(device)

@@ -1,6 +1,7 @@
 """bench --pick-by reward: a reward model scores each answer as plain transformers does, and the highest one counts."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from trl.trainer.reward_trainer import suppress_seqcls_warning
 
 from train import preference
 from train.errors import UserError
+from train.evaluation.models.rewards import open_reward_model
 from train.model.load import load_saved
 
 ROWS = [bench_row(number, rubric_count=1, system=f"Zebra {number}.", prompt="Question?") for number in range(3)]
@@ -95,14 +97,36 @@ def test_the_answer_with_the_highest_reward_counts_and_is_judged_alone(
     assert f"picked by the reward model {folder}" in (output / "report.md").read_text("utf-8")
 
 
+def test_an_adapter_is_scored_with_the_padding_token_of_its_training(
+    reward_models: dict[str, Path], tiny_chat_model: Path, tmp_path: Path
+) -> None:
+    """Which the saved tokenizer has; its base may have another one, and rewards are read before padding."""
+    base, adapter, padding_of_base = tmp_path / "base", tmp_path / "adapter", 5
+    for source, folder, file, change in (
+        (tiny_chat_model, base, "config.json", {"pad_token_id": padding_of_base}),
+        (reward_models["adapter"], adapter, "adapter_config.json", {"base_model_name_or_path": str(base)}),
+    ):
+        shutil.copytree(source, folder)
+        settings = json.loads((folder / file).read_text("utf-8"))
+        (folder / file).write_text(json.dumps(settings | change), encoding="utf-8")
+    texts = [[9, 8, padding_of_base], [7, 6, 9, 8]]
+    model = load("adapter", adapter, base)
+    model.config.pad_token_id = AutoTokenizer.from_pretrained(adapter).pad_token_id
+    expected = [model(torch.tensor([text])).logits.item() for text in texts]
+    assert open_reward_model(str(adapter)).score(texts) == pytest.approx(expected, rel=1e-4, abs=1e-4)
+
+
 def test_other_models_and_missing_options_are_refused_before_a_model_answers(
     reward_models: dict[str, Path], tiny_chat_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    data = write_lines(tmp_path / "rows.jsonl", ROWS)
+    data, labels = write_lines(tmp_path / "rows.jsonl", ROWS), tmp_path / "labels"
+    with suppress_seqcls_warning():
+        AutoModelForSequenceClassification.from_pretrained(tiny_chat_model, num_labels=3).save_pretrained(labels)
     for options, error in (
         (["--pick-by", "reward"], "belong together"),
         (["--reward-model", reward_models["full"]], "belong together"),
         (["--pick-by", "reward", "--reward-model", tiny_chat_model], "it is no reward model"),
+        (["--pick-by", "reward", "--reward-model", labels], "it is no reward model"),
         (["--pick-by", "reward", "--reward-model", tmp_path], "there is no config.json"),
     ):
         asking = ["--model", tiny_chat_model, "--data", data, "--judge", "judge", "--judge-server",
@@ -113,5 +137,5 @@ def test_other_models_and_missing_options_are_refused_before_a_model_answers(
 
 @pytest.mark.parametrize("kind", ["full", "adapter"])
 def test_a_reward_model_is_no_model_that_answers(kind: str, reward_models: dict[str, Path]) -> None:
-    with pytest.raises(UserError, match="it is a reward model, which writes no answers"):
+    with pytest.raises(UserError, match="it is a reward model or another classifier, which writes no answers"):
         load_saved(str(reward_models[kind]))

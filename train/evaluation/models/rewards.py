@@ -24,6 +24,7 @@ from train.evaluation.required_paths import require_model
 from train.formatting import format_count
 from train.llm.journal import Journal
 from train.llm.request import Answer, Decoding, Request
+from train.model.folder import is_adapter_alone
 from train.model.load import is_reward_model, load_saved
 from train.progress import progress_bar
 
@@ -40,7 +41,8 @@ class RewardModel:
         """Return the model itself, loaded at the first use."""
         model = load_saved(self.model, self._dtype, scores=True).eval()
         config = model.config.get_text_config()
-        if config.pad_token_id is None:  # of an adapter's base
+        # The reward is read before padding. A config may name no token; that of an adapter's base is not its own.
+        if config.pad_token_id is None or is_adapter_alone(Path(self.model)):
             config.pad_token_id = self.tokenizer.pad_token_id
         return model
 

@@ -1,22 +1,26 @@
 """Train the quickstart with several seeds, measure each model, and print the figures before and after in one table.
 
     python recipes/smollm2-135m/seeds.py --seeds 42 43 44
+    python recipes/smollm2-135m/seeds.py --seeds 42 43 44 --recipe recipes/smollm2-135m/preference/quickstart.yaml
 
 Start it in the root of the repository. The recipe's own seed trains in the recipe's output_dir, seed N in
-`<output_dir>-seed-N`. Each folder gets the results and the report of its model; `seeds.md` in output_dir gets the
-table. Finished runs are not trained again and answers are kept, so the same command continues, and adds seeds.
+`<output_dir>-seed-N`. A recipe of preference training starts from the quickstart's model of the same seed. Each folder
+gets the results and the report of its model; `seeds.md` in output_dir gets the table. Finished runs are not trained
+again and answers are kept, so the same command continues, and adds seeds.
 """
 
 import argparse
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from train.cli import CommandLine, non_negative_int, run_command
 from train.errors import UserError
 from train.evaluation import compare, gain, rules
+from train.evaluation.formatting import format_estimate
 from train.evaluation.hierarchy import command as hierarchy
 from train.evaluation.results import Results, read_before, read_results
 from train.evaluation.turns import command as turns
@@ -61,32 +65,38 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def run(options: argparse.Namespace) -> None:
     """Train, measure and write the table. Raises UserError."""
     recipe = load_recipe(options.recipe)
-    before = Path(recipe.model.name_or_path)
-    folders = {seed: output_dir_of(recipe, seed) for seed in dict.fromkeys(options.seeds)}
-    measure_pressure(before)
+    seeds = [*dict.fromkeys(options.seeds)]
+    folders = {seed: folder_of(recipe.output_dir, seed, recipe) for seed in seeds}
+    starts = {seed: Path(recipe.model.name_or_path) for seed in seeds}
+    if recipe.preference:
+        starts = {seed: folder_of(recipe.model.name_or_path, seed, recipe) for seed in seeds}
     for seed, folder in folders.items():
-        train(options.recipe, seed, folder)
-        keep_scores(folders.values(), folder)
+        before = starts[seed]
+        measure_pressure(before)
+        train(options.recipe, seed, before, folder)
+        keep_scores([before, *folders.values()], folder)
         evaluate("rules", "--data", HELD_OUT, "--before", before, "--after", folder, *LIMITS)
         evaluate("gain", "--data", HELD_OUT, "--before", before, "--model", folder, "--dtype", "bfloat16")
         measure_pressure(folder)
         evaluate("compare", before, folder)
-    text = table(before, folders)
+    text = table(starts, folders)
     path = Path(recipe.output_dir, "seeds.md")
     with atomic_write(path) as [staged]:
         write_text(staged, text)
     print(f"\n{text}\ntable: {path}")
 
 
-def output_dir_of(recipe: Recipe, seed: int) -> Path:
-    """Return the folder of the model of a seed."""
-    return Path(recipe.output_dir if seed == recipe.seed else f"{recipe.output_dir}-seed-{seed}")
+def folder_of(name: str, seed: int, recipe: Recipe) -> Path:
+    """Return the folder of the model of a seed; `name`: that of the recipe's own seed."""
+    return Path(name if seed == recipe.seed else f"{name}-seed-{seed}")
 
 
-def train(recipe: Path, seed: int, folder: Path) -> None:
-    """Train the model of a seed, unless its run has finished. Raises UserError."""
-    launch = ("accelerate.commands.launch", "--config_file", "accelerate_configs/cpu.yaml", "train/sft.py")
-    words = ["-m", *launch, "--recipe", str(recipe), f"seed={seed}", f"output_dir={folder}"]
+def train(recipe: Path, seed: int, before: Path, folder: Path) -> None:
+    """Train the model of a seed from the model `before`, unless its run has finished. Raises UserError."""
+    script = "train/preference.py" if load_recipe(recipe).preference else "train/sft.py"
+    launch = ("accelerate.commands.launch", "--config_file", "accelerate_configs/cpu.yaml", script)
+    overrides = (f"seed={seed}", f"model.name_or_path={before}", f"output_dir={folder}")
+    words = ["-m", *launch, "--recipe", str(recipe), *overrides]
     print(f"\n$ python {' '.join(words)}", flush=True)
     if subprocess.run([sys.executable, *words], check=False).returncode:
         raise UserError(f"seed {seed}: its training failed, see above")
@@ -118,19 +128,43 @@ def evaluate(*arguments: str | Path) -> None:
     options.run(options)
 
 
-def table(before: Path, folders: dict[int, Path]) -> str:
-    """Return the figures before training, and the mean [minimum, maximum] over the seeds after it, in percent."""
+def table(starts: Mapping[int, Path], folders: Mapping[int, Path]) -> str:
+    """Return the figures before and after training, mean [minimum, maximum] over the seeds, and the paired change."""
     after = [read_results(folder) for folder in folders.values()]
-    results_before, _ = read_before(after[0], before)
+    before = [read_before(of_seed, start)[0] for of_seed, start in zip(after, starts.values(), strict=True)]
+    compared = compare.compare_results(join_seeds(before), join_seeds(after))
+    changes = {(pair.kind, pair.name): pair.difference for pair in compared.pairs}
     rows = []
     for line, (kind, name) in MEASURES.items():
-        shares = [value(results, kind, name) for results in after]
-        mean = sum(shares) / len(shares)
-        rows.append(
-            (line, f"{value(results_before, kind, name):.1%}", f"{mean:.1%} [{min(shares):.1%}, {max(shares):.1%}]")
-        )
+        shares = [[value(results, kind, name) for results in side] for side in (before, after)]
+        change = changes[kind, name]
+        assert change is not None  # all of these measures keep their rows
+        interval = format_estimate(change.mean, change.low, change.high, scale=100, digits=1, sign="+")
+        rows.append((line, *map(format_spread, shares), interval, f"{change.p:.4f}"))
     seeds = ", ".join(map(str, folders))
-    return format_table(("", "before", "after: mean [minimum, maximum]"), rows) + f"\n\nSeeds: {seeds}.\n"
+    heads = ("", "before", "after", "change, points", "p")
+    return format_table(heads, rows) + f"\n\nSeeds: {seeds}.\n"
+
+
+def join_seeds(results: Sequence[Mapping[str, Results]]) -> dict[str, Results]:
+    """Return the results of several models as those of one: each row has the numbers of all."""
+    joined = {}
+    for kind in {kind for kind, _ in MEASURES.values()}:
+        of_kind = [of_seed[kind] for of_seed in results]
+        measures = {}
+        for name in (name for other, name in MEASURES.values() if other == kind):
+            first, *others = (of_seed.measures[name] for of_seed in of_kind)
+            rows = {row: sum((other.rows[row] for other in others), numbers) for row, numbers in first.rows.items()}
+            measures[name] = replace(first, rows=rows)
+        joined[kind] = replace(of_kind[0], measures=measures)
+    return joined
+
+
+def format_spread(shares: Sequence[float]) -> str:
+    """Return the mean [minimum, maximum] in percent, or the figure that all have."""
+    low, high = min(shares), max(shares)
+    mean = f"{sum(shares) / len(shares):.1%}"
+    return mean if low == high else f"{mean} [{low:.1%}, {high:.1%}]"
 
 
 def value(results: dict[str, Results], kind: str, name: str) -> float:

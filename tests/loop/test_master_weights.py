@@ -275,7 +275,7 @@ def test_the_permission_is_no_other_run(recipe_file: Callable[..., Path]) -> Non
 def test_every_recipe_passes_with_the_launch_that_it_names(path: Path) -> None:
     text = path.read_text()
     command = next(line for line in text.splitlines() if "accelerate launch" in line)
-    words = shlex.split(command.lstrip("# "))
+    words = shlex.split(command.lstrip("# ").rstrip("\\"))
     config = yaml.safe_load((ROOT / words[words.index("--config_file") + 1]).read_text())
     recipe = load_recipe(path)
     assert recipe.model.dtype != "auto"

@@ -100,7 +100,7 @@ def test_the_answer_with_the_highest_reward_counts_and_is_judged_alone(
 def test_an_adapter_is_scored_with_the_padding_token_of_its_training(
     reward_models: dict[str, Path], tiny_chat_model: Path, tmp_path: Path
 ) -> None:
-    """Which the saved tokenizer has; its base may have another one, and rewards are read before padding."""
+    """The saved tokenizer has that token; the base may have another one, and rewards are read before padding."""
     base, adapter, padding_of_base = tmp_path / "base", tmp_path / "adapter", 5
     for source, folder, file, change in (
         (tiny_chat_model, base, "config.json", {"pad_token_id": padding_of_base}),

@@ -59,7 +59,7 @@ FLOAT32: dict[str, Any] = {"weights": "float32", "autocast": True}
 def tracer(config: PreTrainedConfig, attention: str = "auto", **sections: Any) -> ActivationTracer:
     recipe: Any = SimpleNamespace(
         model=ModelSection(name_or_path="x", attention=attention),  # type: ignore[arg-type]
-        data=SimpleNamespace(packing=True),
+        joins_documents=True,
         **{"adapter": None, "quantization": None, "training": {}} | sections,
     )
     return ActivationTracer(recipe, config)

@@ -1,7 +1,6 @@
 """Train the quickstart with several seeds, measure each model, and print the figures before and after in one table.
 
     python recipes/smollm2-135m/seeds.py --seeds 42 43 44
-    python recipes/smollm2-135m/seeds.py --seeds 42 43 44 --recipe recipes/smollm2-135m/preference/quickstart.yaml
 
 Start it in the root of the repository. The recipe's own seed trains in the recipe's output_dir, seed N in
 `<output_dir>-seed-N`. A recipe of preference training starts from the quickstart's model of the same seed. Each folder
@@ -67,12 +66,12 @@ def run(options: argparse.Namespace) -> None:
     recipe = load_recipe(options.recipe)
     seeds = [*dict.fromkeys(options.seeds)]
     folders = {seed: folder_of(recipe.output_dir, seed, recipe) for seed in seeds}
-    starts = {seed: Path(recipe.model.name_or_path) for seed in seeds}
-    if recipe.preference:
-        starts = {seed: folder_of(recipe.model.name_or_path, seed, recipe) for seed in seeds}
+    start = recipe.model.name_or_path
+    starts = {seed: folder_of(start, seed, recipe) if recipe.preference else Path(start) for seed in seeds}
+    for before in dict.fromkeys(starts.values()):
+        measure_pressure(before)
     for seed, folder in folders.items():
         before = starts[seed]
-        measure_pressure(before)
         train(options.recipe, seed, before, folder)
         keep_scores([before, *folders.values()], folder)
         evaluate("rules", "--data", HELD_OUT, "--before", before, "--after", folder, *LIMITS)
@@ -93,8 +92,7 @@ def folder_of(name: str, seed: int, recipe: Recipe) -> Path:
 
 def train(recipe: Path, seed: int, before: Path, folder: Path) -> None:
     """Train the model of a seed from the model `before`, unless its run has finished. Raises UserError."""
-    script = "train/preference.py" if load_recipe(recipe).preference else "train/sft.py"
-    launch = ("accelerate.commands.launch", "--config_file", "accelerate_configs/cpu.yaml", script)
+    launch = ("accelerate.commands.launch", "--config_file", "accelerate_configs/cpu.yaml", load_recipe(recipe).command)
     overrides = (f"seed={seed}", f"model.name_or_path={before}", f"output_dir={folder}")
     words = ["-m", *launch, "--recipe", str(recipe), *overrides]
     print(f"\n$ python {' '.join(words)}", flush=True)

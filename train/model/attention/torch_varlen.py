@@ -175,10 +175,8 @@ def flash_varlen(
         raise ValueError(
             f"{NAME} does not support a sliding window with torch {torch.__version__}: 2.11 or later does."
         )
-    # before 2.12 fewer key heads go unnoticed
-    if query.shape[1] != key.shape[1] and "enable_gqa" not in parameters:
-        groups = query.shape[1] // key.shape[1]
-        key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    if "enable_gqa" not in parameters:  # before 2.12 fewer key heads go unnoticed
+        key, value = _repeat_heads(query, key, value)
     if "scale" not in parameters:
         query = query * (scale * query.shape[-1] ** 0.5)
     behind = -1 if window is None else window - 1
@@ -201,9 +199,7 @@ def sdpa_by_document(
     window: int | None,
 ) -> torch.Tensor:
     """Return what `flash_varlen` does, computed by PyTorch's attention for one document after the other."""
-    groups = query.shape[1] // key.shape[1]
-    if groups > 1:
-        key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    key, value = _repeat_heads(query, key, value)
     lengths = [documents.borders.diff().tolist() for documents in (of_queries, of_keys, of_keys)]
     outputs = []
     for tensors in zip(*map(torch.split, (query, key, value), lengths), strict=True):
@@ -213,13 +209,20 @@ def sdpa_by_document(
         if tokens != key_tokens or (window is not None and key_tokens > window):
             behind = torch.arange(key_tokens - tokens, key_tokens)[:, None] - torch.arange(key_tokens)
             longest = key_tokens if window is None else window
-            mask = (behind < longest) & (behind >= (0 if causal else 1 - longest))
-            mask = mask.to(query.device)
+            mask = ((behind < longest) & (behind >= (0 if causal else 1 - longest))).to(query.device)
         output = functional.scaled_dot_product_attention(
             queries, keys, values, attn_mask=mask, is_causal=causal and mask is None, scale=scale
         )
         outputs.append(output[0].transpose(0, 1))
     return torch.cat(outputs)
+
+
+def _repeat_heads(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return keys and values [tokens, heads, size] with as many heads as the queries have."""
+    groups = query.shape[1] // key.shape[1]
+    if groups == 1:
+        return key, value
+    return key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
 
 
 def _forward(

@@ -187,6 +187,18 @@ def test_the_readme_s_settings_for_janus_are_those_of_the_plan(gpus: str) -> Non
     assert f"| {' | '.join(cells)} |" in readme
 
 
+def test_the_hours_of_dpo_include_the_reference_s_forward_pass() -> None:
+    path = ROOT / "recipes/janus-7b/preference/dpo.yaml"
+    plan = plan_of(candidates_for(path), "8xH100")
+    assert plan.best
+    # four epochs train at 6 FLOPs a token and weight; the reference takes 2, once
+    seconds = plan.flops / 3 / 4 / (8 * 989e12 * 0.4)
+    assert plan.reference_hours == pytest.approx(seconds / 3_600)
+    assert plan.hours == pytest.approx(plan.reference_hours + plan.steps * plan.best.seconds.total / 3_600)
+    assert "for the reference before step 1" in " ".join(describe_plan(plan))
+    assert plan_of(candidates_for(path, "preference.loss=orpo"), "8xH100").reference_hours == 0
+
+
 def test_a_run_that_fits_nowhere_says_why() -> None:
     plan = plan_of(candidates_for(JANUS), "1x4GB")
     assert plan.chosen is plan.launch is plan.overrides is None

@@ -1,4 +1,4 @@
-"""FLOPs and hours of a training run, by CONVENTION."""
+"""FLOPs of a training run, by CONVENTION."""
 
 import re
 from typing import NamedTuple
@@ -6,7 +6,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from train.model.architecture import Architecture
+from train.model.architecture import Architecture, Parameter
 
 CONVENTION = (
     "6 FLOPs a token for each non-embedding parameter that is trained, 4 for a frozen one (forward, and backward to "
@@ -92,19 +92,30 @@ def count_training_flops(shape: Architecture, documents: NDArray[np.integer]) ->
       backward. A document of n tokens has n(n+1)/2 pairs, fewer under a sliding window. Packed documents don't attend
       to each other, so the length of the sequence doesn't matter.
     """
-    per_token = 0
-    for parameter in shape.parameters:
-        if parameter.unused or (parameter.role == "embedding" and not shape.tied):
-            continue
-        per_token += (6 if parameter.trained else 4) * parameter.elements
+    per_token = sum((6 if parameter.trained else 4) * parameter.elements for parameter in multiplied(shape))
+    return Flops(per_token * float(documents.sum()), 3 * _count_attention(shape, documents))
+
+
+def count_forward_flops(shape: Architecture, documents: NDArray[np.integer]) -> float:
+    """Return the FLOPs of a forward pass alone: those of `count_training_flops` without the backward pass."""
+    per_token = 2 * sum(parameter.elements for parameter in multiplied(shape))
+    return per_token * float(documents.sum()) + _count_attention(shape, documents)
+
+
+def multiplied(shape: Architecture) -> list[Parameter]:
+    """Return the parameters that CONVENTION counts: all but an input embedding and those that no token uses."""
+    return [
+        parameter
+        for parameter in shape.parameters
+        if not parameter.unused and (parameter.role != "embedding" or shape.tied)
+    ]
+
+
+def _count_attention(shape: Architecture, documents: NDArray[np.integer]) -> float:
+    """Return the FLOPs of attention in a forward pass."""
     lengths = documents.astype(np.float64)
     pairs = 0.0
     for window in set(shape.windows):
         seen = np.minimum(lengths, window or np.inf)
         pairs += shape.windows.count(window) * float((seen * (seen + 1) / 2 + (lengths - seen) * seen).sum())
-    return Flops(per_token * float(lengths.sum()), 12.0 * shape.query_width * pairs)
-
-
-def estimate_hours(flops: float, gpus: int, peak_flops: float, mfu: float) -> float:
-    """Return the wall-clock hours of `flops` on `gpus` GPUs, each at the share `mfu` of `peak_flops` FLOP/s."""
-    return flops / (gpus * peak_flops * mfu) / 3600
+    return 4.0 * shape.query_width * pairs

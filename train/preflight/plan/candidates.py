@@ -51,10 +51,14 @@ _ITEMSIZES = {"uint8": 1, "bfloat16": 2, "float16": 2, "float32": 4}
 
 @dataclass(frozen=True)
 class Workload:
-    """Optimizer steps of a run, and the model's FLOPs in one of them, all GPUs together."""
+    """Optimizer steps of a run, and the model's FLOPs in one of them, all GPUs together.
+
+    `reference_hours`: before the first step, to compute the reference's log-probabilities (DPO).
+    """
 
     steps: int
     flops: Flops
+    reference_hours: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -150,7 +154,7 @@ class Candidates:
             refusal=refusal,
             fits=refusal is None and memory.total <= cluster.usable_memory,
             seconds=seconds,
-            hours=seconds.total * workload.steps / 3_600,
+            hours=workload.reference_hours + seconds.total * workload.steps / 3_600,
         )
 
     def memory(self, settings: Settings, cluster: Cluster) -> Memory:

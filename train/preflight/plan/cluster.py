@@ -43,6 +43,10 @@ class Cluster:
         """Bytes of a GPU that a run may take: all but RESERVE of it."""
         return self.memory * (1 - RESERVE)
 
+    def hours(self, flops: float) -> float:
+        """Return the hours that all GPUs take for `flops` at `mfu`."""
+        return flops / (self.processes * self.peak_flops * self.mfu) / 3_600
+
 
 def parse_cluster(gpus: str, nodes: int | None = None, mfu: float | None = None) -> Cluster:
     """Parse the GPUs of one node: `8x80GB`, `8xH100` or `8xA100-80GB`.

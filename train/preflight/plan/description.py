@@ -78,7 +78,7 @@ def describe_settings(candidate: Candidate) -> str:
 
 def _describe_best(plan: RunPlan, best: Candidate) -> list[str]:
     cluster, seconds = plan.cluster, best.seconds
-    mfu = plan.flops / max(plan.hours * 3_600 * cluster.processes * cluster.peak_flops, 1e-9)
+    mfu = plan.flops / max((plan.hours - plan.reference_hours) * 3_600 * cluster.processes * cluster.peak_flops, 1e-9)
     parts = {"communication": seconds.communication, "memory traffic": seconds.traffic, "the host": seconds.host}
     offload = best.settings.strategy.offload
     gpu_hours = f"{plan.gpu_hours:,.1f}" if plan.gpu_hours >= 1 else f"{plan.gpu_hours:.2g}"
@@ -90,7 +90,8 @@ def _describe_best(plan: RunPlan, best: Candidate) -> list[str]:
         f"{seconds.compute:,.3g} s of computing a step"
         + "".join(f", {value:,.2g} s of {name}" for name, value in parts.items() if value)
         + f"; computing at {cluster.mfu:.0%} of {cluster.gpu}'s {cluster.peak_flops / 1e12:,.0f} TFLOP/s with full "
-        "checkpointing (--mfu)",
+        "checkpointing (--mfu)"
+        + (f"; {_format_hours(plan.reference_hours)} for the reference before step 1" if plan.reference_hours else ""),
     ]
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from train.model.flops import CONVENTION, Flops, count_training_flops
+from train.model.flops import CONVENTION, Flops, count_forward_flops, count_training_flops
 from train.preflight.plan.candidates import (
     EIGHT_BIT_ADAM,
     Candidate,
@@ -40,6 +40,7 @@ class RunPlan:
     - `chosen`, `config_file`, `overrides`, `launch`: the fastest candidate that fits; None where none fits; no `launch`
       either where model.sequence_parallel doesn't divide the GPUs;
     - `hours`: of the chosen candidate; where none fits, at the MFU of full checkpointing alone;
+    - `reference_hours`: those of them before the first step, for the reference's log-probabilities (DPO);
     - `fewest_gpus`: with the recipe's optimizer, and with 8-bit Adam where that takes less;
     - `eight_bit`: the best candidate with 8-bit Adam on the GPU; None where none fits, or it takes no less.
     """
@@ -65,6 +66,7 @@ class RunPlan:
     attention_flops: float
     flops: float
     hours: float
+    reference_hours: float
     gpu_hours: float
     convention: str
     notes: list[str]
@@ -93,7 +95,12 @@ def plan_run(
     recipe, cluster = candidates.recipe, candidates.with_peak(cluster)
     per_epoch = count_training_flops(candidates.shape, documents)
     flops = Flops(per_epoch.parameters * epochs, per_epoch.attention * epochs)
-    workload = Workload(steps, Flops(flops.parameters / max(steps, 1), flops.attention / max(steps, 1)))
+    preference = recipe.preference
+    reference = count_forward_flops(candidates.shape, documents) if preference and preference.loss == "dpo" else 0.0
+    reference_hours = cluster.hours(reference)
+    workload = Workload(
+        steps, Flops(flops.parameters / max(steps, 1), flops.attention / max(steps, 1)), reference_hours
+    )
     best = find_best(candidates, cluster, workload)
     chosen = choose(best)
     evaluated = candidates.evaluation_batch(chosen.settings, cluster) if chosen else None
@@ -105,7 +112,7 @@ def plan_run(
     optimizers = list_optimizers(optimizer)
     eight_bit = find_best(candidates, cluster, workload, EIGHT_BIT_ADAM) if EIGHT_BIT_ADAM in optimizers[1:] else []
     unshared = sharing_error(recipe, cluster.processes)
-    hours = chosen.hours if chosen else flops.total / (cluster.processes * cluster.peak_flops * cluster.mfu) / 3_600
+    hours = chosen.hours if chosen else reference_hours + cluster.hours(flops.total)
     return RunPlan(
         cluster=cluster,
         parameters=candidates.shape.total,
@@ -128,6 +135,7 @@ def plan_run(
         attention_flops=flops.attention,
         flops=flops.total,
         hours=hours,
+        reference_hours=reference_hours,
         gpu_hours=hours * cluster.processes,
         convention=CONVENTION,
         notes=[*filter(None, [unshared]), *_notes(recipe, with_defaults(recipe.training), chosen, evaluated)],

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from train.model.architecture import Architecture
-from train.model.flops import Flops
+from train.model.flops import Flops, multiplied
 from train.preflight.plan.cluster import Cluster
 from train.preflight.plan.memory import StateBytes
 from train.preflight.plan.settings import Settings
@@ -76,11 +76,7 @@ def recomputed_flops(shape: Architecture, flops: Flops, checkpointing: Checkpoin
     """
     if checkpointing == "none":
         return 0.0
-    counted = [
-        parameter
-        for parameter in shape.parameters
-        if not parameter.unused and (parameter.role != "embedding" or shape.tied)
-    ]
+    counted = multiplied(shape)
     per_token = sum((6 if parameter.trained else 4) * parameter.elements for parameter in counted)
     forward = 2 * sum(
         parameter.elements for parameter in counted if parameter.shape != (shape.vocabulary, shape.hidden)

@@ -1,5 +1,6 @@
 """Chat templates of many kinds, and a tokenizer with little more than their special tokens."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +8,11 @@ import trl
 from tokenizers import AddedToken, Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
+CONTROL = re.compile(
+    r"<[|｜][^<>\s{}'\"]+[|｜]>|</?s>|<(?:start_of_turn|end_of_turn|end_of_utterance|sop)>|\[gMASK\]"
+    r"|<\|?(?:turn|tool_call|tool_response|channel)\|?>"
+)
+"""Control tokens in TRL's templates."""
 TRL_TEMPLATES = Path(trl.__file__).parent / "chat_templates"
 
 # Mistral 7B Instruct v0.1 of the hub: raises for a system message, because the roles don't alternate then.

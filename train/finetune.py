@@ -23,7 +23,6 @@ from train.loop.checkpoint.resume import (
 )
 from train.loop.checkpoint.resumed_settings import ResumedSettings
 from train.loop.checkpoint.trainer_state import optimizer_distribution
-from train.loop.cpu_memory import keep_freed_memory
 from train.loop.finished_run import inputs_fingerprint
 from train.loop.fsdp import check_in_force
 from train.loop.master_weights import Launch, master_weights_error, read_launch
@@ -37,6 +36,7 @@ from train.loop.run_outcome import print_resume_hint, record_run_outcome
 from train.loop.side_files import side_file_errors
 from train.loop.tracking import open_trackers
 from train.loop.trainer import JanusTrainer
+from train.model.cpu_memory import keep_freed_memory
 from train.model.float8 import check_float8_start
 from train.model.inference import set_stop_tokens
 from train.model.load import load_model

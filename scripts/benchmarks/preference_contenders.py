@@ -30,8 +30,8 @@ from train.data.prepare import prepare
 from train.errors import UserError
 from train.loop.arguments import training_arguments
 from train.loop.checkpoint.fingerprint import data_fingerprint
-from train.loop.cpu_memory import keep_freed_memory
 from train.loop.preference.trainer import PreferenceTrainer
+from train.model.cpu_memory import keep_freed_memory
 from train.model.load import disable_bars_in_logs, load_model
 from train.model.tokenizer import load_chat_tokenizer
 from train.recipe import load_recipe

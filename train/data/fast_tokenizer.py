@@ -7,14 +7,16 @@ offsets, and as another program it is not guaranteed to agree. So
 - it must agree on a sample of the user's own rows, throughout the run (`check`);
 - the bytes of a row's tokens, joined, must spell the row: then the sum of their lengths is their position. Other rows
   (of a tokenizer that normalizes or strips something) are left to the tokenizer itself. Byte-level BPE keeps every byte
-  of a text that it doesn't normalize, except spaces that an added token strips; there the sum alone decides.
+  that it has a token for, of a text that it doesn't normalize, except spaces that an added token strips; there the sum
+  alone decides.
 """
 
 import json
 import re
 import unicodedata
+from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Any
 
 import fastokens
@@ -24,7 +26,7 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from train.data.chat.rendering import Span
+from train.data.chat.rendering import ShortcutError, Span
 
 _UNSPELLABLE = b"\xff"
 """The bytes of a token without text: not valid in UTF-8, so a row with it never agrees."""
@@ -50,10 +52,6 @@ _HARD_TEXTS = (
 )
 
 
-class TokensDifferError(Exception):
-    """fastokens and the tokenizer disagree on the text in the message."""
-
-
 class UnsupportedTokenizerError(Exception):
     """fastokens can't be used for a tokenizer, for the reason in the message."""
 
@@ -69,68 +67,108 @@ class FastTokenizer:
         if pieces is None:
             raise UnsupportedTokenizerError("its tokens are of a kind whose bytes aren't known")
         self._pieces = pieces
-        self._sizes = np.fromiter(map(len, pieces), np.int64, len(pieces))
+        self._sizes = np.fromiter(map(len, pieces), np.int32, len(pieces))
         self._backend = backend
         added = sorted((token["content"] for token in description["added_tokens"]), key=len, reverse=True)
         self._added = re.compile(f"({'|'.join(map(re.escape, added)) or '(?!)'})")
         normalizers = [part["type"] for part in _parts(description["normalizer"])]
         byte_level = any(part["type"] == "ByteLevel" for part in _parts(description["pre_tokenizer"]))
-        every_byte = set(bytes_to_unicode().values()) <= tokenizer.get_vocab().keys()  # none is dropped or unknown
-        self._keeps_bytes = byte_level and every_byte and set(normalizers) <= {"NFC"}
+        self._keeps_bytes = byte_level and set(normalizers) <= {"NFC"}
+        vocabulary = tokenizer.get_vocab()
+        self._known_bytes = bytes(byte for byte, character in bytes_to_unicode().items() if character in vocabulary)
         self._normalizes = bool(normalizers)
         self._prepends = _SPACE in {part.get("prepend") for part in _parts(description["normalizer"])}
         try:
             self._fast = fastokens.Tokenizer.from_json_str(file)
             self.check([text + token + text for text in _HARD_TEXTS for token in ["", *added[:4]]])
-        except TokensDifferError as error:
-            raise UnsupportedTokenizerError(f"it gives other tokens for {error}") from error
+        except ShortcutError as error:
+            raise UnsupportedTokenizerError(str(error)) from error
         except BaseException as error:  # any error for an unknown tokenizer, a Rust panic included
             if isinstance(error, KeyboardInterrupt | SystemExit):
                 raise
             raise UnsupportedTokenizerError(f"fastokens refuses it: {' '.join(str(error).split())[:100]}") from error
 
-    def encode(self, texts: Sequence[str]) -> list[NDArray[np.int32] | None]:
-        """Return the token ids of each text; None where the tokenizer itself is needed."""
-        try:
-            ids_buffer, ends_buffer = self._fast.encode_batch_flat(list(texts))
-        except BaseException as error:  # one text is enough, with a character that has no token
-            if isinstance(error, KeyboardInterrupt | SystemExit):
-                raise
-            return [None] if len(texts) == 1 else [ids for text in texts for ids in self.encode([text])]
-        flat, ends = (
-            np.frombuffer(ids_buffer, np.uint32).astype(np.int32),
-            np.frombuffer(ends_buffer, np.uint64).tolist(),
-        )
-        return [flat[start:end] for start, end in pairwise(ends)]
+    def encode(
+        self, texts: Sequence[str], spans: Sequence[Sequence[Span]]
+    ) -> list[tuple[NDArray[np.int32], NDArray[np.int32]] | None]:
+        """Return the tokens of each text, int32 [tokens], and those of its spans of characters, int32 [spans, 2].
+
+        A span is its first token and its end (exclusive). None where the tokenizer itself is needed: the tokens don't
+        spell the text, a token lies across the border of a span, or a span has no token.
+        """
+        if not texts:
+            return []
+        encoded = self._encode_flat(texts)
+        if encoded is None:  # one text is enough, with a character that has no token
+            if len(texts) == 1:
+                return [None]
+            return [self.encode([text], [of_text])[0] for text, of_text in zip(texts, spans, strict=True)]
+        ids, offsets = encoded
+        starts, ends = offsets[:-1], offsets[1:]
+        position = np.append(
+            0, np.cumsum(self._sizes.take(ids), dtype=np.int64)
+        )  # in bytes of all texts, of each token
+        sizes = position[ends] - position[starts]
+        columns = (column.tolist() for column in (starts, ends, position[starts], sizes))
+        rows = zip(texts, spans, *columns, strict=True)
+        borders = [
+            self._borders(text, of_text, ids[start:end], at, size) for text, of_text, start, end, at, size in rows
+        ]
+        flat = np.asarray([border for of_text in borders for border in of_text or ()], np.int64)
+        tokens = np.searchsorted(position, flat)
+        exact = (position[np.minimum(tokens, len(position) - 1)] == flat).reshape(-1, 2).all(axis=1)
+        within = tokens.reshape(-1, 2)
+        good = exact & (within[:, 0] < within[:, 1])
+        results: list[tuple[NDArray[np.int32], NDArray[np.int32]] | None] = []
+        first = 0
+        for of_text, start, end in zip(borders, starts.tolist(), ends.tolist(), strict=True):
+            last = first + len(of_text or ()) // 2
+            fits = of_text is not None and bool(good[first:last].all())
+            results.append((ids[start:end], (within[first:last] - start).astype(np.int32)) if fits else None)
+            first = last
+        return results
 
     def check(self, texts: Iterable[str]) -> None:
-        """Compare the ids of texts with those of the tokenizer. Raises TokensDifferError."""
-        sample = list(texts)
-        for text, ids in zip(sample, self.encode(sample), strict=True):
-            if ids is not None and ids.tolist() != self._backend.encode(text, add_special_tokens=False).ids:
-                raise TokensDifferError(repr(text[:60]))
+        """Compare the ids of texts with those of the tokenizer. Raises ShortcutError."""
+        for text in texts:
+            encoded = self._encode_flat([text])
+            if encoded and encoded[0].tolist() != self._backend.encode(text, add_special_tokens=False).ids:
+                raise ShortcutError(f"fastokens gives other tokens for {text[:60]!r}")
 
-    def tokens_within(self, text: str, ids: NDArray[np.int32], spans: Sequence[Span]) -> NDArray[np.int32] | None:
-        """Return the first token and the end (exclusive) of each span of characters: int32 [spans, 2].
+    def _encode_flat(self, texts: Sequence[str]) -> tuple[NDArray[np.int32], NDArray[np.int64]] | None:
+        """Return the ids of all texts, [tokens], and their offsets, [texts + 1]; None if fastokens fails."""
+        try:
+            ids, offsets = self._fast.encode_batch_flat(list(texts))
+        except BaseException as error:
+            if isinstance(error, KeyboardInterrupt | SystemExit):
+                raise
+            return None
+        return np.frombuffer(ids, np.uint32).astype(np.int32), np.frombuffer(offsets, np.uint64).astype(np.int64)
 
-        None if the tokens don't spell the text, a token lies across the border of a span, or a span has no token.
+    def _borders(
+        self, text: str, spans: Sequence[Span], ids: NDArray[np.int32], start: int, size: int
+    ) -> list[int] | None:
+        """Return the borders of spans in bytes, counted from `start`; None if the tokens don't spell the text.
+
+        `size`: the bytes of the tokens `ids`.
         """
         inserted: list[int] = []
-        ends = np.cumsum(self._sizes[ids])
         if self._keeps_bytes and (not self._normalizes or unicodedata.is_normalized("NFC", text)):
-            size = len(text) if text.isascii() else len(text.encode("utf-8", "surrogatepass"))
-            if not len(ends) or ends[-1] != size:
+            data = text.encode("utf-8", "surrogatepass")
+            if len(data) != size or data.translate(None, self._known_bytes):
                 return None
         else:
             spelled, inserted = self._spell(text)
             if b"".join(map(self._pieces.__getitem__, ids.tolist())) != spelled.encode("utf-8", "surrogatepass"):
                 return None
-        borders = _in_bytes(text, [border for span in spans for border in span], inserted)
-        tokens = np.searchsorted(ends, borders) + 1
-        exact = ends[np.minimum(tokens, len(ends)) - 1] == borders
-        tokens, exact = np.where(borders == 0, 0, tokens), exact | (borders == 0)
-        within = tokens.reshape(-1, 2).astype(np.int32)
-        return within if exact.all() and (within[:, 0] < within[:, 1]).all() else None
+        borders = [border for span in spans for border in span]
+        if not text.isascii():
+            parts = (text[before:border] for before, border in pairwise([0, *borders]))
+            borders = [*accumulate(len(part.encode("utf-8", "surrogatepass")) for part in parts)]
+        if inserted:
+            characters = [border for span in spans for border in span]
+            borders = [border + bisect_left(inserted, at) for border, at in zip(borders, characters, strict=True)]
+        return [start + border for border in borders]
 
     def _spell(self, text: str) -> tuple[str, list[int]]:
         """Return the text with the spaces that the tokenizer prepends, and their positions in `text`."""
@@ -146,19 +184,6 @@ class FastTokenizer:
             parts.append(part)
             position += len(part)
         return "".join(parts), inserted
-
-
-def _in_bytes(text: str, borders: Sequence[int], inserted: Sequence[int]) -> NDArray[np.int64]:
-    """Return the positions in UTF-8 of ascending positions in the text; an inserted space follows its position."""
-    if text.isascii():
-        positions = np.asarray(borders, np.int64)
-    else:
-        sizes = [
-            len(text[start:end].encode("utf-8", "surrogatepass"))
-            for start, end in zip([0, *borders], borders, strict=False)
-        ]
-        positions = np.cumsum(sizes, dtype=np.int64)
-    return positions + np.searchsorted(inserted, borders) if inserted else positions
 
 
 def _pieces(tokenizer: PreTrainedTokenizerBase, description: dict[str, Any]) -> list[bytes] | None:

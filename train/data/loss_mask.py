@@ -34,8 +34,8 @@ from train.data.sources.unread_text import Unread
 NOT_TRAINED = -100
 """The label that PyTorch's cross entropy ignores."""
 
-_CHECK_EVERY = 100
-"""One text in this many is encoded by both tokenizers and compared."""
+_CHECK_EVERY, _CHECKED = 100, 2_000
+"""Of one text in this many both tokenizers encode this many characters, the first or the last, and are compared."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -108,9 +108,10 @@ class Encoder:
         """Probe the template. Raises UserError if no answer can be trained under it.
 
         `fast`: tokenize with fastokens if it gives the same tokens; `why_not_fast` is the reason if it can't be used.
+        And join rows of the template's fixed pieces where it has such.
         """
         self._tokenizer_state = _state(tokenizer)
-        self._span_finder = SpanFinder(tokenizer)
+        self._span_finder = SpanFinder(tokenizer, fast=fast)
         self.left_out: list[Unread] = []
         self._bos = tokenizer.bos_token_id
         self._added = np.asarray(sorted(tokenizer.added_tokens_decoder), dtype=np.int64)
@@ -138,7 +139,7 @@ class Encoder:
 
         `template_kwargs`: for each conversation, the variables that it sets for the template.
         Afterwards `left_out` holds for each conversation the texts, except contents, that the template left out.
-        Raises TokensDifferError if fastokens turns out to give other tokens than the tokenizer.
+        Raises ShortcutError if fastokens or the fixed pieces turn out to give another result.
         """
         renderings: list[list[Rendering] | RowError] = []
         self.left_out = []
@@ -163,13 +164,9 @@ class Encoder:
         """Return the tokens and labels of each rendering, or its error."""
         results: list[EncodedRow | RowError | None] = [None] * len(rows)
         if self._fast is not None:
-            texts = [row.text for row in rows]
-            self._fast.check(texts[::_CHECK_EVERY])
-            for number, ids in enumerate(self._fast.encode(texts)):
-                row = rows[number]
-                trained = None if ids is None else self._fast.tokens_within(row.text, ids, row.spans)
-                if ids is not None and trained is not None:
-                    results[number] = _make_row(ids, trained, row)
+            self._fast.check(_sample(rows))
+            encoded = self._fast.encode([row.text for row in rows], [row.spans for row in rows])
+            results = [tokens and _make_row(*tokens, row) for row, tokens in zip(rows, encoded, strict=True)]
         rest = [row for row, result in zip(rows, results, strict=True) if result is None]
         texts = [row.text for row in rest]
         encodings = iter(self._backend.encode_batch(texts, add_special_tokens=False) if self._backend else [])
@@ -265,9 +262,17 @@ class Encoder:
         return str(self._slow.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
 
+def _sample(rows: Sequence[Rendering]) -> list[str]:
+    """Return the parts of rows that both tokenizers encode."""
+    texts = [row.text for row in rows[::_CHECK_EVERY]]
+    return [text[-_CHECKED:] if number % 2 else text[:_CHECKED] for number, text in enumerate(texts)]
+
+
 def _make_row(ids: NDArray[np.int32], spans: NDArray[np.int32], rendering: Rendering) -> EncodedRow:
     """Return a row of which these spans of tokens, those of the rendering, are trained; merge the touching ones."""
     weights = np.asarray(rendering.weights, np.float32) if rendering.weights else None
+    if len(spans) == 1:
+        return EncodedRow(ids, spans, weights)
     touching = spans[1:, 0] == spans[:-1, 1]
     if weights is not None:
         touching &= weights[1:] == weights[:-1]

@@ -21,6 +21,7 @@ from train.model.adapters import check_adapter, quantization_config
 from train.model.attention.selection import attention_needs, choose_attention, machine, select_attention
 from train.model.attention.sequence_parallel import check_sequence_parallel, register
 from train.model.classifier import SCORE_WEIGHT, as_classifier, find_score_head, is_classifier
+from train.model.cpu_memory import keep_freed_memory
 from train.model.float8 import check_float8, check_float8_start, convert
 from train.model.folder import adapter_base, is_adapter_alone, read_json
 from train.model.hub_kernels import check_layer_kernels
@@ -257,6 +258,8 @@ def load_saved(name: str, dtype: str | None = None, *, scores: bool = False) -> 
     """
     disable_bars_in_logs()
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cpu":
+        keep_freed_memory()
     chosen = getattr(torch, dtype or ("bfloat16" if device == "cuda" else "float32"))
     # With a config.json beside it transformers would look for the base's weights in the adapter's folder.
     base = adapter_base(Path(name)) if is_adapter_alone(Path(name)) else None

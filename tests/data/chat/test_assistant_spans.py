@@ -1,12 +1,12 @@
 """Assistant spans, compared with the marks of TRL's training templates and with the prompts of inference."""
 
 import itertools
-import re
 from collections import Counter
 from pathlib import Path
 
 import pytest
 import trl
+from chat_templates import CONTROL
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from jinja2 import TemplateError
@@ -21,10 +21,6 @@ from train.errors import UserError
 
 TEMPLATES = Path(trl.__file__).parent / "chat_templates"
 PAIRS = sorted(path.name.removesuffix("_training.jinja") for path in TEMPLATES.glob("*_training.jinja"))
-CONTROL = re.compile(
-    r"<[|｜][^<>\s{}'\"]+[|｜]>|</?s>|<(?:start_of_turn|end_of_turn|end_of_utterance|sop)>|\[gMASK\]"
-    r"|<\|?(?:turn|tool_call|tool_response|channel)\|?>"
-)
 
 # What each model stops at, as its generation_config.json has it: not taken from the code under test.
 STOPS = {

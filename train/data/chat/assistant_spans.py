@@ -34,11 +34,13 @@ after `<|im_end|>` inside the marks, gpt-oss's the header that is part of the pr
 import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase
 
 from train.data.chat.answer_format import AnswerFormat
+from train.data.chat.pieces import PieceJoiner
 from train.data.chat.probe_conversations import ANSWER, probe_conversations, question, tools_for
 from train.data.chat.rendering import (
     Rendering,
@@ -82,8 +84,12 @@ class _Turn:
 class SpanFinder:
     """Finds the assistant spans under one tokenizer's chat template, which it probes once."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Probe the template. Raises UserError if no answer can be trained under it."""
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, *, fast: bool = False) -> None:
+        """Probe the template. Raises UserError if no answer can be trained under it.
+
+        `fast`: join rows of the template's fixed pieces where it has such (`PieceJoiner`).
+        """
+        self._joiners: dict[TrainOn, PieceJoiner] | None = {} if fast else None
         self._format = AnswerFormat(tokenizer)
         self._marks_suffice = False
         if not self._format.marked:
@@ -105,7 +111,7 @@ class SpanFinder:
             return self
         finder = copy.copy(self)
         finder._format = self._format.with_variables(kwargs)
-        finder._marks_suffice = False  # that was found out without these variables
+        finder._marks_suffice, finder._joiners = False, None  # those were found out without these variables
         return finder
 
     def find_left_out(
@@ -123,8 +129,15 @@ class SpanFinder:
         There are several rows where the template rewrites earlier turns. A message with `train: false` is part of the
         conversation and not trained.
         Raises RowError if the template refuses the conversation, loses a message, or the model's part can't be
-        separated from the rest.
+        separated from the rest; ShortcutError if rows of fixed pieces turn out to differ.
         """
+        if self._joiners is not None and not tools:
+            if train_on not in self._joiners:
+                render = partial(self._rows, tools=None, train_on=train_on)
+                self._joiners[train_on] = PieceJoiner(self._format.template, render)
+            row = self._joiners[train_on].join(messages)
+            if row is not None:
+                return [row]
         try:
             return self._rows(messages, tools, train_on)
         except RowError as error:

@@ -20,6 +20,10 @@ _SENTINEL = re.compile("\ue000([^\ue000\ue001]*)\ue001")
 _THINK_TAG = re.compile(r"</?think>")
 
 
+class ShortcutError(Exception):
+    """A shortcut gives another result than the template or the tokenizer; the message says for which text."""
+
+
 @dataclass(frozen=True, slots=True)
 class Rendering:
     """A conversation as text, with the character spans that the model is trained to write.

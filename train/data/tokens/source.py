@@ -15,8 +15,8 @@ import xxhash
 from transformers import PreTrainedTokenizerBase
 
 from train.data.cache import Entry, cache_key, default_folder, get_or_build, report_progress
+from train.data.chat.rendering import ShortcutError
 from train.data.chat.template import date_of
-from train.data.fast_tokenizer import TokensDifferError
 from train.data.sources.formats import detect, select_read_names
 from train.data.sources.loss_weights import LOSS_WEIGHT
 from train.data.sources.pairs import PREFERENCE, detect_with_pairs
@@ -114,8 +114,8 @@ def _write(
         try:
             counter = _BatchCounter(tokenize(rows, chunks, format, recipe.data.processes), folder, bar)
             write_table(folder / ROWS, counter)
-        except TokensDifferError as error:
-            why_not_fast = f"fastokens gives other tokens for {error}"
+        except ShortcutError as error:
+            why_not_fast = str(error)
             bar.advance(-bar.done)
         else:
             break

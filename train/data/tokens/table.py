@@ -7,9 +7,9 @@ depends on the rows alone and not on their paths. `datasets.Dataset.from_file` o
 
 import json
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence, Sized
 from dataclasses import dataclass, field
-from itertools import pairwise
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -111,22 +111,22 @@ def make_batch(
         for part, encoded in enumerate(parts)
     ]
     digests = [_digests(conversation) for conversation, _ in rows]
+    trained = [encoded.trained for _, encoded, _ in items]
+    systems = [digests[number][2] for number, _, _ in items]
     columns = {
         "input_ids": _lists([encoded.ids for _, encoded, _ in items]),
-        "trained": _lists([encoded.trained.reshape(-1) for _, encoded, _ in items]),
-        "trained_tokens": np.fromiter(
-            (int((encoded.trained[:, 1] - encoded.trained[:, 0]).sum()) for _, encoded, _ in items),
-            np.int32,
-            len(items),
+        "trained": _lists([spans.reshape(-1) for spans in trained]),
+        "trained_tokens": _int32_array([int((spans[:, 1] - spans[:, 0]).sum()) for spans in trained]),
+        "first_of_conversation": _int32_array([first for _, _, first in items]),
+        "file": _int32_array([file] * len(items)),
+        "place": _texts([rows[number][0].place for number, _, _ in items]),
+        "conversation": _digest_array([digests[number][0] for number, _, _ in items]),
+        "question": _digest_array([questions[number] if questions else digests[number][1] for number, _, _ in items]),
+        "systems": pyarrow.ListArray.from_arrays(
+            _int32_array(_offsets(systems)), _digest_array([*chain.from_iterable(systems)])
         ),
-        "first_of_conversation": np.fromiter((first for _, _, first in items), np.int32, len(items)),
-        "file": np.full(len(items), file, np.int32),
-        "place": [rows[number][0].place for number, _, _ in items],
-        "conversation": [digests[number][0] for number, _, _ in items],
-        "question": [questions[number] if questions else digests[number][1] for number, _, _ in items],
-        "systems": [digests[number][2] for number, _, _ in items],
     }
-    batch = pyarrow.record_batch([pyarrow.array(columns[column.name], column.type) for column in SCHEMA], schema=SCHEMA)
+    batch = pyarrow.record_batch([columns[column.name] for column in SCHEMA], schema=SCHEMA)
     if any(encoded.weights is not None for _, encoded, _ in items):
         batch = batch.append_column(
             _LOSS_WEIGHTS, _lists([encoded.span_weights for _, encoded, _ in items], np.float32)
@@ -134,9 +134,32 @@ def make_batch(
     return batch
 
 
+# Columns are made of buffers: pyarrow.array() would import pandas first, a quarter of a second in each process.
+
+
 def _lists(values: Sequence[NDArray[Any]], kind: Any = np.int32) -> pyarrow.ListArray:
-    ends = np.cumsum([0, *map(len, values)]).astype(np.int32)
-    return pyarrow.ListArray.from_arrays(ends, np.concatenate([np.empty(0, kind), *values]))
+    flat = np.concatenate([np.empty(0, kind), *values])
+    numbers = pyarrow.Array.from_buffers(pyarrow.from_numpy_dtype(kind), len(flat), [None, pyarrow.py_buffer(flat)])
+    return pyarrow.ListArray.from_arrays(_int32_array(_offsets(values)), numbers)
+
+
+def _offsets(values: Sequence[Sized]) -> NDArray[np.int64]:
+    return np.cumsum([0, *map(len, values)])
+
+
+def _int32_array(values: Sequence[int] | NDArray[np.int64]) -> pyarrow.Int32Array:
+    buffer = pyarrow.py_buffer(np.asarray(values, np.int32))
+    return pyarrow.Array.from_buffers(pyarrow.int32(), len(values), [None, buffer])
+
+
+def _texts(values: Sequence[str]) -> pyarrow.StringArray:
+    data = [value.encode() for value in values]
+    offsets = pyarrow.py_buffer(_offsets(data).astype(np.int32))
+    return pyarrow.StringArray.from_buffers(len(data), offsets, pyarrow.py_buffer(b"".join(data)))
+
+
+def _digest_array(values: Sequence[bytes]) -> pyarrow.FixedSizeBinaryArray:
+    return pyarrow.Array.from_buffers(_DIGEST, len(values), [None, pyarrow.py_buffer(b"".join(values))])
 
 
 def has_loss_weights(batch: pyarrow.RecordBatch) -> bool:

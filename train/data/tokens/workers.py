@@ -59,7 +59,7 @@ class RowTokenizer:
         """Return for each conversation its rows, or the error for which it can't be trained.
 
         A conversation has several rows where the template rewrites earlier turns.
-        Raises TokensDifferError if fastokens turns out to give other tokens.
+        Raises ShortcutError as `Encoder.encode` does.
         """
         cleaned = [self._clean(conversation) for conversation in conversations]
         self.escaped = [
@@ -139,7 +139,7 @@ def tokenize(
     """Yield the batch and the issues of each chunk, in order.
 
     `processes`: None means one for each core that this process may use.
-    Raises UserError if a worker dies, TokensDifferError as `RowTokenizer.encode` does.
+    Raises UserError if a worker dies, ShortcutError as `RowTokenizer.encode` does.
     """
     processes = processes or available_cores()
     remaining = iter(chunks)

@@ -1,4 +1,4 @@
-"""Memory of a run on CPUs, kept by the C library for the next tensors."""
+"""Memory of models on CPUs, kept by the C library for the next tensors."""
 
 import ctypes
 import sys

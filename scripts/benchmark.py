@@ -2,12 +2,15 @@ r"""Benchmarks of this trainer beside others, on the same rows.
 
     python scripts/benchmark.py data \
         --tokenizer outputs/smollm2-135m-instruct --json data.json
+    python scripts/benchmark.py start --json start.json --plot start.png
     python scripts/benchmark.py train --json train.json
     python scripts/benchmark.py preference --json preference.json
     python scripts/benchmark.py sysgen \
         --distilabel distilabel/bin/python --json sysgen.json
 
 data: preparing rows for training (read, render, tokenize, label, pack) by TRL and by us, beside the bare tokenizers.
+
+start: `--check`, the first step and a resume by the number of rows: seconds and memory of the complete commands.
 
 train: the first ten minutes on a GPU: its ceilings and kernels, steps of a 7B with random weights by TRL with its
 defaults and by us under several settings, memory against the plan, a profile.
@@ -23,7 +26,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from benchmarks import data, preference, sysgen, training
+from benchmarks import data, preference, start, sysgen, training
 
 from train.cli import CommandLine, run_command
 from train.warning_filters import filter_known_warnings
@@ -35,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     filter_known_warnings()
     parser = CommandLine(description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="command")
-    for benchmark in (data, training, preference, sysgen):
+    for benchmark in (data, start, training, preference, sysgen):
         benchmark.add_to(commands)
     options = parser.parse_args(arguments)
     return run_command(lambda: options.run(options), "stopped")

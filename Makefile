@@ -1,5 +1,6 @@
 # make quickstart   fine-tune SmolLM2-135M to follow system messages, on this machine, and measure it
 #                   (make quickstart SEEDS="42 43 44": with several seeds)
+# make quickstart-preference   the same, then DPO on pairs of its model's answers
 # make test         ruff, mypy, import-linter and the tests (make --jobs=2 test: side by side)
 # make test-gpu     the tests that need a GPU, on one GPU that nothing else uses
 # Each makes the virtual environment it needs; a second call installs nothing.
@@ -9,13 +10,17 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt
 MODEL := outputs/smollm2-135m-instruct
+PREFERENCE := recipes/smollm2-135m/preference/quickstart.yaml
 SEEDS ?= 42
 
-.PHONY: quickstart test static-checks pytest test-gpu clean
+.PHONY: quickstart quickstart-preference test static-checks pytest test-gpu clean
 
 quickstart: $(VENV)/.quickstart-installed
 	$(BIN)/python scripts/export_smollm2.py $(MODEL)
 	$(BIN)/python recipes/smollm2-135m/seeds.py --seeds $(SEEDS)
+
+quickstart-preference: quickstart
+	$(BIN)/python recipes/smollm2-135m/seeds.py --recipe $(PREFERENCE) --seeds $(SEEDS)
 
 test: static-checks pytest
 

@@ -42,6 +42,7 @@ forms = load("forms")
 build = load("build")
 TRAIN = lines_of("train.jsonl")
 HELD_OUT = lines_of("held_out.jsonl")
+PAIRS = lines_of("pairs.jsonl")
 FAMILIES = {family.name: family for family in (*forms.trained_rules(), *forms.read_variations())}
 QUESTIONS = {question.question: question for question in read_questions()}
 PLAIN = [row for row in TRAIN if row["kind"] == "without_rule"]
@@ -294,6 +295,37 @@ def test_no_variation_is_close_to_a_held_out_wording() -> None:
                 pair = words(FIELDS.sub("VALUE", wording)), words(message)
                 ratio = difflib.SequenceMatcher(None, *pair, autojunk=False).ratio()
                 assert ratio <= 0.7, (name, wording, message)
+
+
+def answers_of(pair: dict[str, Any]) -> tuple[Any, str, str, str]:
+    """Return the form of a pair, the question that its answers answer, the chosen answer and the rejected one."""
+    [chosen], [rejected] = pair["chosen"], pair["rejected"]
+    [*_, (_, form, question, answer)] = judged([{**pair, "messages": [*pair["prompt"], chosen]}])
+    return form, question, answer, rejected["content"]
+
+
+def test_the_chosen_answer_of_a_pair_is_right_and_the_rejected_one_is_not() -> None:
+    for pair in PAIRS:
+        form, question, chosen, rejected = answers_of(pair)
+        other_form = pair["kind"] == "permitted" and pair["tactic"] == "choice"
+        verdicts = [
+            (form.rule.check(question, answer) != other_form, answers_question(answer, QUESTIONS[question].accept))
+            for answer in (chosen, rejected)
+        ]
+        assert verdicts[0] == (True, True), pair
+        if pair["reason"] == "rule":
+            assert not verdicts[1][0], pair
+        else:
+            assert verdicts[1] == (True, False), pair
+
+
+def test_pairs_have_no_held_out_question_and_no_conversation_of_the_training_rows() -> None:
+    for pair in PAIRS:
+        _, question, _, _ = answers_of(pair)
+        assert QUESTIONS[question].split == "train"
+    conversations = {json.dumps(row["messages"][:-1]) for row in TRAIN}
+    repeated = [pair for pair in PAIRS if json.dumps(pair["prompt"]) in conversations]
+    assert len(repeated) < 0.01 * len(PAIRS)
 
 
 def test_building_again_gives_the_same_bytes(tmp_path: Path) -> None:

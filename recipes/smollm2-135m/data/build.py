@@ -16,7 +16,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from itertools import cycle
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from forms import PLAIN, Form, messages_without_rule, read_variations, trained_rules
 
@@ -54,6 +54,14 @@ NEVER_TRAINED = ("opening_hear_ye", "signature_otto")
 
 Row = dict[str, Any]
 Item = TypeVar("Item")
+
+
+class Example(NamedTuple):
+    """A row of train.jsonl, the form of its last answer and the question that this answers."""
+
+    row: Row
+    form: Form
+    question: Question
 
 
 def shuffled(items: Sequence[Item], generator: random.Random) -> list[Item]:
@@ -123,30 +131,34 @@ def training_questions() -> list[Question]:
     return [question for question in questions if known is None or question.question in known]
 
 
-def build_train(rows: int, generator: random.Random) -> list[Row]:
+def build_train(rows: int, generator: random.Random) -> list[Example]:
     """Return the training rows, in random order."""
     forms = FormDealer(generator)
     questions = QuestionDealer(training_questions(), generator)
     plain_messages = Deck(messages_without_rule(), generator)
     turns = Deck(TURNS, generator)
-    train: list[Row] = []
+    train: list[Example] = []
     for kind, share in SHARES.items():
         names = Deck(DEALT.get(kind) or tactics(SETTINGS.get(kind, kind)), generator)
-        twins = sum(row["kind"] == kind for row in train)
+        twins = sum(example.row["kind"] == kind for example in train)
         for _ in range(round(share * rows) - twins):
             if kind == "without_rule":
                 question = questions.deal(PLAIN)
-                train.append(make_row(kind, PLAIN, "", plain_messages.deal(), [question.question], [question.answer]))
+                row = make_row(kind, PLAIN, "", plain_messages.deal(), [question.question], [question.answer])
+                train.append(Example(row, PLAIN, question))
                 continue
             form, message = forms.deal()
             tactic = names.deal()
             if kind.startswith("turns"):
                 asked = [questions.deal(form) for _ in range(turns.deal())]
-                train.append(make_turns(kind, form, message, asked, tactic, generator))
-            else:
-                question = questions.deal(form)
-                row = make_pressure(kind, form, message, question, tactic, generator)
-                train += [row, make_twin(row, form, message, question)] if tactic == "choice" else [row]
+                row = make_turns(kind, form, message, asked, tactic, generator)
+                train.append(Example(row, form, asked[-1]))
+                continue
+            question = questions.deal(form)
+            row = make_pressure(kind, form, message, question, tactic, generator)
+            train.append(Example(row, form, question))
+            if tactic == "choice":
+                train.append(Example(make_twin(row, form, message, question), form, question))
     generator.shuffle(train)
     return train
 
@@ -256,7 +268,14 @@ def build_held_out(seed: int = 0) -> list[Row]:
 
 def build(rows: int = ROWS, seed: int = 0) -> dict[str, list[Row]]:
     """Return the rows by file name."""
-    return {"train.jsonl": build_train(rows, random.Random(seed)), "held_out.jsonl": build_held_out(seed)}
+    train = [example.row for example in build_train(rows, random.Random(seed))]
+    return {"train.jsonl": train, "held_out.jsonl": build_held_out(seed)}
+
+
+def write_rows(file: Path, rows: Sequence[Row]) -> None:
+    """Write rows as JSON lines."""
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    file.write_text(text, encoding="utf-8", newline="\n")
 
 
 def main() -> None:
@@ -268,8 +287,7 @@ def main() -> None:
     folder: Path = options.output
     folder.mkdir(parents=True, exist_ok=True)
     for name, rows in build(options.rows).items():
-        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        (folder / name).write_text(text, encoding="utf-8", newline="\n")
+        write_rows(folder / name, rows)
         counts = Counter(row.get("kind") or f"held-out {row['held_out']}" for row in rows)
         print(f"{folder / name}: {len(rows)} rows: {', '.join(f'{kind} {count}' for kind, count in counts.items())}")
 

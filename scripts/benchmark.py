@@ -23,12 +23,11 @@ Each prints a table in Markdown and writes every measurement, with the machine a
 """
 
 import os
-import sys
 from collections.abc import Sequence
 
 from benchmarks import data, preference, start, sysgen, training
 
-from train.cli import CommandLine, run_command
+from train.cli import CommandLine, exit_with, run_command
 from train.warning_filters import filter_known_warnings
 
 
@@ -45,4 +44,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_with(main)

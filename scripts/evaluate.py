@@ -24,7 +24,7 @@ if sys.path[0] == str(HERE):
     sys.path[0] = str(HERE.parent)
 
 try:
-    from train.cli import CommandLine, run_command
+    from train.cli import CommandLine, exit_with, run_command
     from train.evaluation import bench, compare, gain, harness, rules
     from train.evaluation.hierarchy import command as hierarchy
     from train.evaluation.ifeval import command as ifeval
@@ -50,4 +50,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_with(main)

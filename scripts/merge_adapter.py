@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from train.cli import CommandLine, run_command
+from train.cli import CommandLine, exit_with, run_command
 from train.errors import UserError
 from train.storage.local_paths import parse_path_or_id
 
@@ -229,4 +229,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_with(main)

@@ -9,11 +9,10 @@ train/sft.py.
 """
 
 import os
-import sys
 import time
 from pathlib import Path
 
-from train.cli import CommandLine, run_command
+from train.cli import CommandLine, exit_with, run_command
 from train.formatting import duration
 from train.preflight.missing_files import check_files_exist
 from train.recipe import load_recipe
@@ -59,4 +58,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_with(main)

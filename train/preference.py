@@ -9,9 +9,8 @@ The recipe is one of train/sft.py with the section `preference`; options and exi
 log-probabilities of the model before training are computed once, before the first step, and kept in data.cache_dir.
 """
 
-import sys
-
 from train import sft
+from train.cli import exit_with
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -20,4 +19,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_with(main)

@@ -24,7 +24,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from train.cli import CommandLine, print_error, run_command
+from train.cli import CommandLine, exit_with, heavy_imports, print_error, run_command
 from train.errors import USER_FIXABLE_ERRNOS, MachineError, UserError
 from train.formatting import wrap
 from train.loop.checkpoint.resume import find_checkpoint
@@ -137,7 +137,8 @@ def run(options: argparse.Namespace) -> None:
 
     # Heavy imports wait until the recipe is valid and everything that it names exists.
     if options.check:
-        from train.preflight.check import check
+        with heavy_imports():
+            from train.preflight.check import check
 
         cluster = None
         if options.gpus:
@@ -147,7 +148,8 @@ def run(options: argparse.Namespace) -> None:
         summary = finished.summary if finished else None
         check(recipe, checkpoint, finished=summary, cluster=cluster, elsewhere=options.elsewhere, json_file=json_file)
     else:
-        from train.finetune import finetune
+        with heavy_imports():
+            from train.finetune import finetune
 
         finetune(recipe, checkpoint, options.resume_anyway)
 
@@ -188,4 +190,4 @@ def report_error(error: UserError) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_with(main)

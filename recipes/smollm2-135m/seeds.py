@@ -16,7 +16,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from train.cli import CommandLine, non_negative_int, run_command
+from train.cli import CommandLine, exit_with, non_negative_int, run_command
 from train.errors import UserError
 from train.evaluation import compare, gain, rules
 from train.evaluation.formatting import format_estimate
@@ -171,4 +171,4 @@ def value(results: dict[str, Results], kind: str, name: str) -> float:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_with(main)

@@ -32,6 +32,12 @@ from train.reporting.plots import new_figure
 
 _PACKAGES = ("janus-sft", "torch", "transformers", "trl", "accelerate", "datasets", "peft")
 IMPORTS = "imports"
+_IMPORT = """
+from train.cli import exit_with, heavy_imports
+with heavy_imports():
+    import train.finetune
+exit_with(lambda: 0)
+"""
 PHASES = {
     "--check, cold": ("--check",),
     "--check, warm": ("--check",),
@@ -68,9 +74,7 @@ def run(options: argparse.Namespace) -> None:
         folder = Path(name)
         write_model(folder / "model")
         for repetition in range(options.repeat):
-            measurements.append(
-                {"phase": IMPORTS, "rows": 0, **measure([sys.executable, "-c", "import train.finetune"], folder)}
-            )
+            measurements.append({"phase": IMPORTS, "rows": 0, **measure([sys.executable, "-c", _IMPORT], folder)})
             measuring.advance()
             for rows in sizes:
                 recipe = write_inputs(folder / f"{rows}-{repetition}", folder / "model", rows)
@@ -110,7 +114,13 @@ def write_inputs(folder: Path, model: Path, rows: int) -> Path:
             "packing": True,
             "cache_dir": str(folder / "cache"),
         },
-        "training": {"save_steps": 1, "save_strategy": "steps", "gradient_checkpointing": False, "bf16": False},
+        "training": {
+            "per_device_train_batch_size": 1,
+            "gradient_checkpointing": False,
+            "bf16": False,
+            "save_strategy": "steps",
+            "save_steps": 1,
+        },
         "output_dir": str(folder / "output"),
     }
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")

@@ -35,7 +35,7 @@ def test_each_phase_is_measured_and_the_last_one_resumes(
     record, plot = tmp_path / "start.json", tmp_path / "start.png"
     assert scripts.main(["start", "--rows", "60", "--repeat", "1", "--json", str(record), "--plot", str(plot)]) == 0
     logs = dict(commands[3:])
-    assert [command for command, _ in commands] == ["import train.finetune", "--check", "--check", *logs]
+    assert [command for command, _ in commands] == [scripts.start._IMPORT, "--check", "--check", *logs]
     assert "resuming from" in logs["training.max_steps=2"]
     assert "resuming from" not in logs["training.max_steps=1"]
     measurements = json.loads(record.read_text(encoding="utf-8"))["measurements"]

@@ -4,6 +4,7 @@ r"""Benchmarks of this trainer beside others, on the same rows.
         --tokenizer outputs/smollm2-135m-instruct --json data.json
     python scripts/benchmark.py train --json train.json
     python scripts/benchmark.py preference --json preference.json
+    python scripts/benchmark.py saves --json saves.json
     python scripts/benchmark.py sysgen \
         --distilabel distilabel/bin/python --json sysgen.json
 
@@ -14,6 +15,8 @@ defaults and by us under several settings, memory against the plan, a profile.
 
 preference: steps of DPO on pairs by TRL, padded, and by us, packed, with a tiny model.
 
+saves: how long training stands still for a checkpoint, and how long until the checkpoint is complete.
+
 sysgen: SYSGEN's four calls for each row, to a server that takes the same time for each, by distilabel and by us.
 
 Each prints a table in Markdown and writes every measurement, with the machine and the package versions, as JSON.
@@ -23,7 +26,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from benchmarks import data, preference, sysgen, training
+from benchmarks import data, preference, saves, sysgen, training
 
 from train.cli import CommandLine, run_command
 from train.warning_filters import filter_known_warnings
@@ -35,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     filter_known_warnings()
     parser = CommandLine(description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="command")
-    for benchmark in (data, training, preference, sysgen):
+    for benchmark in (data, training, preference, saves, sysgen):
         benchmark.add_to(commands)
     options = parser.parse_args(arguments)
     return run_command(lambda: options.run(options), "stopped")

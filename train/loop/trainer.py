@@ -137,7 +137,7 @@ class JanusTrainer(EvaluatingTrainer):
     # Training
 
     def train(self, resume_from_checkpoint: str | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
-        """Train, and wait for copies that are made in the background.
+        """Train, and wait for checkpoints and copies that are completed in the background.
 
         `resume_from_checkpoint`: folder of a complete checkpoint. Raises UserError if a package that a setting needs
         is missing (some report it only here), and if the checkpoint can't be loaded on the present processes.
@@ -152,6 +152,9 @@ class JanusTrainer(EvaluatingTrainer):
             raise UserError(f"training: {' '.join(str(error).split())}") from error
         except Exception:
             self.save_after_error()
+            raise
+        except KeyboardInterrupt:
+            self._writer.abandon()
             raise
         finally:
             self._writer.close()

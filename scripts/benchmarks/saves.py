@@ -10,6 +10,7 @@ checksums in its manifest. The first save, for which memory and disk are not war
 
 import argparse
 import json
+import os
 import statistics
 import time
 from collections.abc import Iterator
@@ -29,6 +30,8 @@ _PACKAGES = ("janus-sft", "torch", "transformers", "safetensors", "xxhash")
 _WARMUP = 1
 _POLL_SECONDS = 0.002
 _ROWS = 2_000
+_BUFFER = 1 << 28
+"""Bytes; more than the caches of a CPU hold."""
 
 Save = dict[str, float]
 """Step, bytes, and the seconds of each part."""
@@ -108,8 +111,22 @@ class SaveClock:
         save["bytes"] = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
+def write_bytes(file: Path, count: int) -> Save:
+    """Write as many bytes as a checkpoint has, and sync them: the least that a save of them takes."""
+    buffer = memoryview(bytes(_BUFFER))
+    began = time.perf_counter()
+    with file.open("wb", buffering=0) as stream:
+        for start in range(0, count, _BUFFER):
+            stream.write(buffer[: count - start])
+        stall = time.perf_counter() - began
+        os.fsync(stream.fileno())
+    complete = time.perf_counter() - began
+    file.unlink()
+    return {"stall": stall, "complete": complete}
+
+
 def measure(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
-    """Train and save. Return the saves that count, and the seconds of each step and whether a save ran meanwhile."""
+    """Train and save. Return the saves that count, writes of as many bytes, and the seconds of each step."""
     from torch import nn
     from transformers import AutoConfig
 
@@ -162,28 +179,34 @@ def measure(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
     trainer.train()
     clock.close()
     parameters = sum(weight.numel() for weight in trainer.model.parameters())
-    return {"saves": clock.saves[_WARMUP:], "step_seconds": times.seconds(), "parameters": parameters}
+    saves = clock.saves[_WARMUP:]
+    bare = [write_bytes(folder / "bytes", int(save["bytes"])) for save in saves]
+    return {"saves": saves, "bare": bare, "step_seconds": times.seconds(), "parameters": parameters}
 
 
 def format_table(record: dict[str, Any]) -> str:
     """Return the table of medians and the workload."""
     saves, settings = record["saves"], record["settings"]
 
-    def cell(key: str) -> str:
-        values = [save[key] for save in saves]
-        return f"{statistics.median(values):.2f} s ({min(values):.2f}-{max(values):.2f})"
+    def row(name: str, measurements: list[Save]) -> str:
+        cells = []
+        for key in _COLUMNS:
+            values = [save[key] for save in measurements if key in save]
+            seconds = f"{statistics.median(values):.2f} s ({min(values):.2f}-{max(values):.2f})" if values else "-"
+            cells.append(seconds)
+        ratio = statistics.median(save["stall"] / save["complete"] for save in measurements)
+        return f"| {' | '.join([name, *cells])} | {ratio:.2f} |"
 
-    ratio = statistics.median(save["stall"] / save["complete"] for save in saves)
-    cells = [f"{saves[0]['bytes'] / 1e9:.2f} GB", *map(cell, _COLUMNS), f"{ratio:.3f}"]
     step = statistics.median(record["step_seconds"])
     return "\n".join(
         [
-            f"| checkpoint | {' | '.join(_COLUMNS.values())} | stall / complete |",
-            f"|---:|{'---:|' * (len(_COLUMNS) + 1)}",
-            f"| {' | '.join(cells)} |",
+            f"| | {' | '.join(_COLUMNS.values())} | stall / complete |",
+            f"|---|{'---:|' * (len(_COLUMNS) + 1)}",
+            row("janus-sft", saves),
+            row("the same bytes, by write() and fsync()", record["bare"]),
             "",
-            f"Medians of {len(saves)} (range); one before them is not counted. {record['parameters']:,} parameters in "
-            f"float32, AdamW, {settings['steps_between']} steps of {settings['max_length']} tokens from one save to "
-            f"the next (median {step:.2f} s).",
+            f"Checkpoints of {saves[0]['bytes'] / 1e9:.2f} GB. Medians of {len(saves)} (range); a save before them is "
+            f"not counted. {record['parameters']:,} parameters in float32, AdamW, {settings['steps_between']} steps of "
+            f"{settings['max_length']} tokens from one save to the next (median {step:.2f} s).",
         ]
     )

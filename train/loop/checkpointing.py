@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils.serialization import config
 from transformers import TrainerControl, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import HubStrategy, TrainOutput
@@ -95,7 +96,9 @@ class CheckpointingTrainer(SavingTrainer):
         name, best_name = f"checkpoint-{step}", f"checkpoint-{best}" if best else None
 
         def write() -> None:
-            super(CheckpointingTrainer, self)._save_checkpoint(model, trial)
+            # torch.save would compute a CRC32 of each tensor, which torch.load doesn't compare; the manifest has hashes
+            with config.patch("save.compute_crc32", False):  # type: ignore[attr-defined]
+                super(CheckpointingTrainer, self)._save_checkpoint(model, trial)
             folder = self._writer.staging_dir / name
             if best_name and (best == step or Path(self.args.output_dir, best_name).is_dir()):
                 # transformers records the path in the staging folder

@@ -150,8 +150,10 @@ class JanusTrainer(EvaluatingTrainer):
             return output
         except ImportError as error:
             raise UserError(f"training: {' '.join(str(error).split())}") from error
-        except Exception:
+        except Exception as error:
             self.save_after_error()
+            if not isinstance(error, UserError):  # which all processes raise
+                self._writer.expect_lost_peers()
             raise
         except KeyboardInterrupt:
             self._writer.abandon()

@@ -191,20 +191,19 @@ class CheckpointWriter:
         """End the save that is under way soon, complete or not: after the file that is being read."""
         self._abandoned.set()
 
-    def close(self) -> None:
-        """Wait for the work in the background.
-
-        A save is under way here only after an error. Other processes may be gone, so that it can't be completed.
-        """
-        if self.step_under_way is not None:
-            wait([self._completing], None if self._ranks.num_processes == 1 else _SECONDS_AFTER_FAILURE)
+    def expect_lost_peers(self) -> None:
+        """Abandon the save that is under way if it isn't completed soon: other processes may be gone."""
+        if self.step_under_way is not None and self._ranks.num_processes > 1:
+            wait([self._completing], _SECONDS_AFTER_FAILURE)
             self.abandon()
-            error = self._completing.exception()
-            if error and is_first_rank():
-                shutil.rmtree(self.staging_dir, ignore_errors=True)
-                reason = self._describe(error) or repr(error)
-                print(f"warning: output_dir: checkpoint-{self.step_under_way} was not completed: {reason}", flush=True)
+
+    def close(self) -> None:
+        """Wait for the work in the background. Only after an error a save is under way here."""
         self._background.shutdown(wait=True)
+        if self.step_under_way is not None and (error := self._completing.exception()) and is_first_rank():
+            shutil.rmtree(self.staging_dir, ignore_errors=True)
+            reason = self._describe(error) or repr(error)
+            print(f"warning: output_dir: checkpoint-{self.step_under_way} was not completed: {reason}", flush=True)
         self._mirror.close()
 
     def first_error_on_any_rank(self, act: Callable[[], Any]) -> str | None:

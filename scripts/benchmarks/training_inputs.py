@@ -56,6 +56,15 @@ CONFIGS: Mapping[str, Mapping[str, Any]] = {
         "num_key_value_heads": 8,
         "vocab_size": 32_000,
     },
+    "mistral-74m": {  # checkpoints of 0.9 GB with AdamW's states in float32
+        **_MISTRAL,
+        "hidden_size": 512,
+        "intermediate_size": 1_536,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "vocab_size": 32_000,
+    },
     "tiny": {  # a dry run on a CPU
         **_MISTRAL,
         "hidden_size": 64,

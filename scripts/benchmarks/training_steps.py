@@ -122,8 +122,8 @@ class _TimedTrl(_NotesSteps):
     pass
 
 
-class _TimedJanus(_NotesSteps, JanusTrainer):
-    pass
+class TimedJanus(_NotesSteps, JanusTrainer):
+    """JanusTrainer that notes its steps."""
 
 
 def build_model(recipe: Recipe, config: PreTrainedConfig, attention: str | None) -> PreTrainedModel:
@@ -138,8 +138,13 @@ def build_model(recipe: Recipe, config: PreTrainedConfig, attention: str | None)
     return model
 
 
-def build_trainer(recipe: Recipe, config: PreTrainedConfig, callbacks: list[TrainerCallback]) -> JanusTrainer:
-    """Return the trainer of train/finetune.py on a model of random weights."""
+def build_trainer(
+    recipe: Recipe,
+    config: PreTrainedConfig,
+    callbacks: list[TrainerCallback],
+    trainer: type[TimedJanus] = TimedJanus,
+) -> TimedJanus:
+    """Return the trainer of train/finetune.py, of a class that notes its steps, on a model of random weights."""
     tokenizer, _, _ = load_chat_tokenizer(recipe.model, recipe.chat)
     data = prepare(recipe, tokenizer)
     tokenizer.chat_template = without_generation_marks(tokenizer.chat_template)
@@ -147,7 +152,7 @@ def build_trainer(recipe: Recipe, config: PreTrainedConfig, callbacks: list[Trai
     arguments = training_arguments(recipe)
     Path(recipe.output_dir).mkdir(parents=True, exist_ok=True)
     model = build_model(recipe, config, attention)
-    return _TimedJanus(recipe, arguments, model, tokenizer, data, callbacks)
+    return trainer(recipe, arguments, model, tokenizer, data, callbacks)
 
 
 def build_trl_trainer(recipe: Recipe, config: PreTrainedConfig, callbacks: list[TrainerCallback]) -> SFTTrainer:

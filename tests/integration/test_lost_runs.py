@@ -6,6 +6,7 @@ import random
 import shutil
 import signal
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -107,10 +108,10 @@ def assert_same(run: Path, other: Path) -> None:
     assert figures(run) == figures(other)
 
 
-def killed_at(*arguments: str) -> int:
+def killed_at(*arguments: str, thread: str = "") -> int:
     """Train, and kill the process with SIGKILL after some lines of Python: `LINES,RANK`; rank -1 = all.
 
-    Lines of saving and of the training loop count, ours and transformers'.
+    Lines of saving and of the training loop count, ours and transformers', in threads whose name starts with `thread`.
     """
     *rest, moment = arguments
     lines, victim = map(int, moment.split(","))
@@ -123,6 +124,7 @@ def killed_at(*arguments: str) -> int:
             "loop/saving.py",
         ),
         *("serialization.py", "checkpoint/writer.py", "checkpoint/trainer_state.py"),
+        *("checkpoint/manifest.py", "checkpoint/rank_store.py", "storage/checksum.py", "storage/atomic_write.py"),
     )
     counted = 0
 
@@ -130,7 +132,7 @@ def killed_at(*arguments: str) -> int:
         nonlocal counted
         if event == "call":
             return trace if frame.f_code.co_filename.endswith(watched) else None
-        counted += 1
+        counted += threading.current_thread().name.startswith(thread)
         if counted == lines and victim in (-1, int(os.environ.get("RANK", "0"))):
             os.kill(os.getpid(), signal.SIGKILL)
         return trace
@@ -141,6 +143,7 @@ def killed_at(*arguments: str) -> int:
 
     def train(self: JanusTrainer, *args: Any, **kwargs: Any) -> Any:
         sys.settrace(trace)
+        threading.settrace(trace)
         return begin(self, *args, **kwargs)
 
     JanusTrainer.train = train
@@ -169,6 +172,121 @@ def test_a_run_killed_at_random_moments_ends_like_an_uninterrupted_one(
     assert_same(run, expected)
     assert len(list(run.glob("checkpoint-*"))) == 2
     assert not (run / "unfinished").exists()
+
+
+def killed_in_background_at(*arguments: str) -> int:
+    """Train, and kill the process after some lines of Python that complete a checkpoint: `LINES,RANK`."""
+    return killed_at(*arguments, thread="checkpoint")
+
+
+@pytest.mark.parametrize("kind", [KINDS[0], KINDS[2], KINDS[5]], ids=lambda kind: kind.name)
+def test_a_run_killed_while_a_checkpoint_is_completed_has_the_ones_before_it(
+    kind: Kind, recipe_of: Callable[..., Path], untouched: Callable[[Kind], Path], tmp_path: Path
+) -> None:
+    recipe, rng, run = recipe_of(tmp_path, kind), random.Random(kind.name), tmp_path / "run"
+    for _ in range(8 if kind.name == "alone" else 3):
+        newest = max((int(path.name.rpartition("-")[2]) for path in run.glob("checkpoint-*")), default=0)
+        moment = f"{rng.randint(1, 600)},{rng.choice([-1, 0, kind.processes - 1])}"
+        outcome = start(kind, recipe, tmp_path, moment, job=killed_in_background_at)
+        if -signal.SIGKILL not in outcome.exit_codes:
+            break  # it came to its end before that moment
+        steps = [int(path.name.rpartition("-")[2]) for path in run.glob("checkpoint-*")]
+        assert max(steps, default=0) >= newest
+        assert all((run / f"checkpoint-{step}" / COMPLETE).exists() for step in steps)
+    start(kind, recipe, tmp_path).succeeded()
+    assert_same(run, untouched(kind))
+    assert len(list(run.glob("checkpoint-*"))) == 2
+    assert not (run / "unfinished").exists()
+
+
+def completed_late(*arguments: str, job: Callable[..., int] = sft) -> int:
+    """Train on a disk whose fsync takes until training is LAG steps further, or waits: `LAG,FILE`.
+
+    FILE gets a line at the end of each step: its number and the newest checkpoint.
+    """
+    *rest, moment = arguments
+    lag, file = moment.split(",")
+    from transformers import TrainerCallback
+
+    from train.loop.checkpoint import writer
+    from train.loop.checkpoint.manifest import list_checkpoints
+    from train.loop.checkpointing import CheckpointingTrainer
+    from train.loop.trainer import JanusTrainer
+
+    done, waits, step = threading.Condition(), 0, 0
+    fsync, begin, finish = writer.fsync, JanusTrainer.train, CheckpointingTrainer._finish_save
+
+    def slow_fsync(path: Path) -> None:
+        saved = next((int(part.rpartition("-")[2]) for part in path.parts if part.startswith("checkpoint-")), 0)
+        with done:
+            assert done.wait_for(lambda: waits or step >= saved + int(lag), timeout=60)
+        fsync(path)
+
+    def finish_save(self: CheckpointingTrainer) -> None:
+        nonlocal waits
+        with done:
+            waits += 1
+            done.notify_all()
+        finish(self)
+        waits -= 1
+
+    class Count(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            nonlocal step
+            with done:
+                step = state.global_step
+                done.notify_all()
+            if os.environ.get("RANK", "0") == "0":
+                newest = next((path.name for path in list_checkpoints(args.output_dir)), "none")
+                with Path(file).open("a") as lines:
+                    lines.write(f"{step} {newest}\n")
+
+    def train(self: JanusTrainer, *args: Any, **kwargs: Any) -> Any:
+        self.add_callback(Count)
+        return begin(self, *args, **kwargs)
+
+    writer.fsync, JanusTrainer.train, CheckpointingTrainer._finish_save = slow_fsync, train, finish_save
+    return job(*rest)
+
+
+@pytest.mark.parametrize("kind", [KINDS[0], KINDS[2], KINDS[4]], ids=lambda kind: kind.name)
+def test_a_checkpoint_that_is_completed_steps_later_has_the_state_of_its_step(
+    kind: Kind, recipe_of: Callable[..., Path], untouched: Callable[[Kind], Path], tmp_path: Path
+) -> None:
+    expected, run = untouched(kind), tmp_path / "run"
+    recipe = recipe_of(tmp_path, kind, save_steps=4, save_total_limit=3)
+    start(kind, recipe, tmp_path, f"3,{tmp_path / 'steps.txt'}", job=completed_late).succeeded()
+    lines = (tmp_path / "steps.txt").read_text().splitlines()
+    assert lines[3:7] == [f"{step} none" for step in (4, 5, 6, 7)]  # 4 was saved after step 4, and not complete at 6
+    assert lines[7] == "8 checkpoint-4"
+    assert lines[10:] == ["11 checkpoint-4", "12 checkpoint-8"]
+    assert_same(run, expected)
+    for later in (8, 12):
+        shutil.rmtree(run / f"checkpoint-{later}")
+    (run / "outcome.json").unlink()
+    resumed = start(kind, recipe, tmp_path).succeeded()
+    assert f"resuming from {run / 'checkpoint-4'}" in resumed.output[0]
+    assert_same(run, expected)
+
+
+def test_a_stop_waits_for_the_save_that_is_under_way(
+    recipe_of: Callable[..., Path], untouched: Callable[[Kind], Path], tmp_path: Path
+) -> None:
+    kind, run = KINDS[2], tmp_path / "run"
+    recipe = recipe_of(tmp_path, kind, save_steps=4)
+    start(kind, recipe, tmp_path, "SIGTERM,6", f"9,{tmp_path / 'steps.txt'}", job=asked_with_a_late_save).succeeded()
+    assert (tmp_path / "steps.txt").read_text().splitlines()[-1] == "6 none"
+    assert sorted(path.parent.name for path in run.glob(f"*/{COMPLETE}")) == ["checkpoint-4", "checkpoint-6"]
+    assert json.loads((run / "outcome.json").read_text(encoding="utf-8"))["outcome"] == "preempted"
+    resumed = start(kind, recipe, tmp_path).succeeded()
+    assert f"resuming from {run / 'checkpoint-6'}" in resumed.output[0]
+    assert_same(run, untouched(kind))
+
+
+def asked_with_a_late_save(*arguments: str) -> int:
+    """Train as `completed_late` and `asked_at` do, with the moments of both."""
+    *rest, asked, late = arguments
+    return completed_late(*rest, late, job=lambda *others: asked_at(*others, asked))
 
 
 def asked_at(*arguments: str) -> int:

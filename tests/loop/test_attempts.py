@@ -5,8 +5,10 @@ import os
 import re
 import shutil
 import signal
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from threading import main_thread
 
 import pytest
 from ranks import launch, sft
@@ -180,6 +182,7 @@ LONGER = {**SAVING, "max_steps": 6}
 def interrupting(moment: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Send Ctrl-C at the end of step 2, again during the save of step 3, and while outcome.json is written."""
     step_end, save, write = PreemptionCallback.on_step_end, CheckpointWriter.save, run_outcome.write_text
+    finish, sync = CheckpointWriter.finish, CheckpointWriter._sync
 
     def first(self: PreemptionCallback, args: object, state: TrainerState, *others: object, **more: object) -> None:
         if state.global_step == 2:
@@ -192,10 +195,22 @@ def interrupting(moment: str, monkeypatch: pytest.MonkeyPatch) -> None:
             if moment == "half-way":
                 os.kill(os.getpid(), signal.SIGINT)
 
-        saved = save(self, step, half if step == 3 else put, *others, **more)
+        return save(self, step, half if step == 3 else put, *others, **more)
+
+    def second_after(self: CheckpointWriter, **more: bool) -> bool:
+        step, finished = self.step_under_way, finish(self, **more)
         if moment == "after" and step == 3:
             os.kill(os.getpid(), signal.SIGINT)
-        return saved
+        return finished
+
+    def second_in_background(self: CheckpointWriter, folder: Path, names: list[str]) -> object:
+        if moment == "in the background" and folder.name == "checkpoint-3":
+            # a signal between the last look for one and the blocking call would be handled after the call
+            while sys._current_frames()[main_thread().ident].f_code.co_name != "wait" or self._abandoned.wait(0.05):
+                pass
+            os.kill(os.getpid(), signal.SIGINT)
+            assert self._abandoned.wait(60)
+        return sync(self, folder, names)
 
     def third(path: Path, text: str) -> None:
         os.kill(os.getpid(), signal.SIGINT)
@@ -203,10 +218,15 @@ def interrupting(moment: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(PreemptionCallback, "on_step_end", first)
     monkeypatch.setattr(CheckpointWriter, "save", second)
+    monkeypatch.setattr(CheckpointWriter, "finish", second_after)
+    monkeypatch.setattr(CheckpointWriter, "_sync", second_in_background)
     monkeypatch.setattr(run_outcome, "write_text", third)  # that of outcome.json
 
 
-@pytest.mark.parametrize(("moment", "newest"), [("half-way", "checkpoint-2"), ("after", "checkpoint-3")])
+MOMENTS = [("half-way", "checkpoint-2"), ("in the background", "checkpoint-2"), ("after", "checkpoint-3")]
+
+
+@pytest.mark.parametrize(("moment", "newest"), MOMENTS)
 def test_a_second_ctrl_c_leaves_a_true_outcome(
     moment: str,
     newest: str,
@@ -223,7 +243,7 @@ def test_a_second_ctrl_c_leaves_a_true_outcome(
     assert outcome(run) == ("interrupted", 3, f"Ctrl-C; the newest complete checkpoint is {newest}")
     whole = [path.name for path in run.glob("checkpoint-*") if (path / "COMPLETE.json").is_file()]
     assert sorted(whole)[-1] == newest
-    if moment == "half-way":
+    if newest == "checkpoint-2":
         assert main(["--recipe", recipe]) == 0
         assert f"resuming from {run / newest}" in capsys.readouterr().out
         assert outcome(run)[:2] == ("finished", 6)

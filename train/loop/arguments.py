@@ -77,9 +77,9 @@ def training_arguments(recipe: Recipe, stop_tokens: Sequence[str] = ()) -> SFTCo
 def save_timeout(recipe: Recipe) -> int:
     """Return the seconds that ranks wait for each other: as long as the files of a checkpoint may take to be written.
 
-    While the first rank writes the model, or deletes an older checkpoint, all others wait in the default process group
-    (`CheckpointWriter`), whose timeout this is. The groups of DeepSpeed and of FSDP's meshes have NCCL's 10 minutes.
-    A rank that hangs is noticed after the same time.
+    While the first rank writes the model, or completes a checkpoint before the next one is written, all others wait in
+    the default process group (`CheckpointWriter`), whose timeout this is. The groups of DeepSpeed and of FSDP's meshes
+    have NCCL's 10 minutes. A rank that hangs is noticed after the same time.
 
     The bytes are those of the weights and, per parameter, of a float32 master weight and two moments: 988 GB for a 70B
     in bfloat16. An adapter's are few. DEEPSPEED_TIMEOUT has no effect, as accelerate starts the group before DeepSpeed.

@@ -1,10 +1,11 @@
 """Trainer that writes complete checkpoints and resumes from them.
 
-From save to resume: `_save_checkpoint` -> checkpoint/writer.py; `begin_run`, `_load_from_checkpoint`,
+From save to resume: `_save_checkpoint` -> checkpoint/writer.py -> `_finish_save`; `begin_run`, `_load_from_checkpoint`,
 `_load_optimizer_and_scheduler` and, when training begins, `_restore_run_state`.
 """
 
 import math
+import os
 import time
 from collections.abc import Mapping
 from contextlib import nullcontext
@@ -13,8 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils.serialization import config
 from transformers import TrainerControl, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import HubStrategy, TrainOutput
 from trl import SFTConfig
 
 from train.errors import UserError
@@ -87,12 +90,15 @@ class CheckpointingTrainer(SavingTrainer):
         return str(self._writer.staging_dir)
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
-        """Write transformers' checkpoint and the run state, and rename it once all of it is on the disk."""
+        """Write transformers' checkpoint and the run state; the background renames it once all of it is on the disk."""
+        self._finish_save()
         step, best = self.state.global_step, self.state.best_global_step
         name, best_name = f"checkpoint-{step}", f"checkpoint-{best}" if best else None
 
         def write() -> None:
-            super(CheckpointingTrainer, self)._save_checkpoint(model, trial)
+            # torch.save would compute a CRC32 of each tensor, which torch.load doesn't compare; the manifest has hashes
+            with config.patch("save.compute_crc32", False):  # type: ignore[attr-defined]
+                super(CheckpointingTrainer, self)._save_checkpoint(model, trial)
             folder = self._writer.staging_dir / name
             if best_name and (best == step or Path(self.args.output_dir, best_name).is_dir()):
                 # transformers records the path in the staging folder
@@ -115,10 +121,50 @@ class CheckpointingTrainer(SavingTrainer):
         def manifest() -> dict[str, Any]:
             return build_manifest(self._recipe, self._run, self.args, self.state, self._position)
 
-        if self._writer.save(step, write, check, manifest, best_name, stopping=self.is_stopping):
+        if not self._writer.save(step, write, check, manifest, best_name, stopping=self.is_stopping):
+            self._best.on_save_failed(self.state, step)
+            return
+        if self.is_stopping:
+            self._finish_save()
+        if self._uploads_checkpoints or self._logs_checkpoints:
+            self._writer.wait()
+        if self._uploads_checkpoints and (folder := Path(self.args.output_dir, name)).is_dir():
+            self._push_from_checkpoint(str(folder))
+
+    def _finish_save(self) -> None:
+        """Wait for the save that is completed in the background, if any, and note whether there is a checkpoint."""
+        step = self._writer.step_under_way
+        if step is None:
+            return
+        if self._writer.finish(stopping=self.is_stopping):
             self._best.on_saved(self.state)
         else:
-            self._best.on_save_failed(self.state)
+            self._best.on_save_failed(self.state, step)
+
+    @property
+    def _uploads_checkpoints(self) -> bool:
+        return self.args.push_to_hub and self.args.hub_strategy != HubStrategy.END
+
+    @property
+    def _logs_checkpoints(self) -> bool:
+        """Return whether transformers' callback for wandb reads each checkpoint as soon as it is saved."""
+        return "wandb" in self.args.report_to and os.environ.get("WANDB_LOG_MODEL", "").lower() == "checkpoint"
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Upload a complete checkpoint; transformers would upload its files before they are renamed."""
+        if Path(checkpoint_folder).parent != self._writer.staging_dir:
+            super()._push_from_checkpoint(checkpoint_folder)
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        """Return whether this is the best model: better than the best that was saved, so the last save must be over."""
+        if self.args.metric_for_best_model is not None:
+            self._finish_save()
+        return super()._determine_best_metric(metrics, trial)
+
+    def _finalize_training(self, *args: Any, **kwargs: Any) -> TrainOutput:
+        """Load the best model, if the run ends with it, once the last checkpoint is complete."""
+        self._finish_save()
+        return super()._finalize_training(*args, **kwargs)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         """Write transformers' files; DeepSpeed's at the end, where no process waits for another."""

@@ -70,10 +70,11 @@ class SavingTrainer(SFTTrainer):
                 if name not in untied:
                     state_dict.pop(name, None)
         folder, model = Path(output_dir or self.args.output_dir), self._unwrap()
-        save_weights(model, folder, state_dict)
+        in_checkpoint = folder.parent == self._writer.staging_dir
+        save_weights(model, folder, state_dict, sync=not in_checkpoint)
         errors = write_side_files(list_side_files(model, self.processing_class), folder)
         for error in errors.values():
-            if folder.parent == self._writer.staging_dir and is_disk_error(error):
+            if in_checkpoint and is_disk_error(error):
                 raise error
         self._warn_of_missing_files(errors, folder)
 

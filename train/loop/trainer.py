@@ -137,7 +137,7 @@ class JanusTrainer(EvaluatingTrainer):
     # Training
 
     def train(self, resume_from_checkpoint: str | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
-        """Train, and wait for copies that are made in the background.
+        """Train, and wait for checkpoints and copies that are completed in the background.
 
         `resume_from_checkpoint`: folder of a complete checkpoint. Raises UserError if a package that a setting needs
         is missing (some report it only here), and if the checkpoint can't be loaded on the present processes.
@@ -150,8 +150,13 @@ class JanusTrainer(EvaluatingTrainer):
             return output
         except ImportError as error:
             raise UserError(f"training: {' '.join(str(error).split())}") from error
-        except Exception:
+        except Exception as error:
             self.save_after_error()
+            if not isinstance(error, UserError):  # which all processes raise
+                self._writer.expect_lost_peers()
+            raise
+        except KeyboardInterrupt:
+            self._writer.abandon()
             raise
         finally:
             self._writer.close()

@@ -119,24 +119,26 @@ def test_other_rows_for_the_gain_are_reported_if_the_gain_selects_nothing(
     assert loaded(run) == best
 
 
-@pytest.fixture
-def no_room(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Make the disk full for the checkpoints of these steps."""
+@pytest.fixture(params=["before", "in the background"])
+def no_room(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Make the disk full for the checkpoints of these steps: before files are written, or when they are complete."""
 
     def take(*steps: int) -> None:
-        save, room, now = CheckpointWriter.save, CheckpointWriter._check_room, [0]
+        save, now = CheckpointWriter.save, [0]
+        name = "_check_room" if request.param == "before" else "_publish"
+        act = getattr(CheckpointWriter, name)
 
         def of_step(self: CheckpointWriter, step: int, *args: object, **more: object) -> bool:
             now[0] = step
             return save(self, step, *args, **more)  # type: ignore[arg-type]
 
-        def look(self: CheckpointWriter) -> None:
+        def fail(self: CheckpointWriter, *args: object) -> None:
             if now[0] in steps:
                 raise OSError(errno.ENOSPC, "no room")
-            room(self)
+            act(self, *args)
 
         monkeypatch.setattr(CheckpointWriter, "save", of_step)
-        monkeypatch.setattr(CheckpointWriter, "_check_room", look)
+        monkeypatch.setattr(CheckpointWriter, name, fail)
 
     return take
 

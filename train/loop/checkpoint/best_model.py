@@ -41,12 +41,12 @@ class BestModel:
         """Note the best model of a checkpoint that was written."""
         self._saved = (state.best_metric, state.best_global_step, state.best_model_checkpoint)
 
-    def on_save_failed(self, state: TrainerState) -> None:
-        """Go back to the previous best model if the checkpoint that couldn't be written was the best."""
-        if state.best_metric is None or state.best_global_step != state.global_step:
+    def on_save_failed(self, state: TrainerState, step: int) -> None:
+        """Go back to the previous best model if the checkpoint of `step`, which couldn't be written, was the best."""
+        if state.best_metric is None or state.best_global_step != step:
             return
         if self._lost is None or self._is_better(state.best_metric, self._lost[0]):
-            self._lost = state.best_metric, state.global_step
+            self._lost = state.best_metric, step
         state.best_metric, state.best_global_step, state.best_model_checkpoint = self._saved
 
     def is_in_memory(self, state: TrainerState) -> bool:

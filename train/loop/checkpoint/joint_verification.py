@@ -1,14 +1,12 @@
 """Verification of checkpoints by all ranks of a launch: each reads its share of the files, all learn the result.
 
 A checkpoint of a 7B has 101 GB and one of a 70B 988 GB; read by each of 8 ranks it would be 8 times as much. Ranks
-exchange results through the launch's key-value store, the one that process groups start from: at this point there is
-no process group, since the recipe that it is made for may depend on the checkpoint.
+exchange results through the launch's key-value store: at this point there is no process group, since the recipe that it
+is made for may depend on the checkpoint.
 """
 
-import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +18,7 @@ from train.loop.checkpoint.manifest import (
     open_checkpoint,
     verify_checkpoint,
 )
-from train.ranks import world_size
+from train.loop.checkpoint.rank_store import exchange
 from train.storage.transfer_time import longest_transfer
 
 Verify = Callable[[Sequence[Path]], Iterable[Checkpoint | str]]
@@ -32,12 +30,6 @@ def verify_alone(folders: Sequence[Path]) -> Iterator[Checkpoint | str]:
     return map(verify_checkpoint, folders)
 
 
-def has_peers() -> bool:
-    """Return whether this process is one of several ranks that can reach each other's store."""
-    needed = ("RANK", "MASTER_ADDR", "MASTER_PORT")
-    return world_size() > 1 and all(os.environ.get(name) for name in needed)
-
-
 def verify_jointly(folders: Sequence[Path]) -> Iterator[Checkpoint | str]:
     """Verify checkpoints together with all other ranks, which must call this and ask for the same results.
 
@@ -47,7 +39,7 @@ def verify_jointly(folders: Sequence[Path]) -> Iterator[Checkpoint | str]:
     """
     opened = [open_checkpoint(folder) for folder in folders]
     rank = int(os.environ["RANK"])
-    seen = _exchange([_identify(checkpoint) for checkpoint in opened])
+    seen = exchange([_identify(checkpoint) for checkpoint in opened])
     if any(_digests(identities) != _digests(seen[0]) for identities in seen):
         yield from verify_alone(folders)
         return
@@ -61,7 +53,7 @@ def verify_jointly(folders: Sequence[Path]) -> Iterator[Checkpoint | str]:
         names = share_files(sizes, readers.index(rank), len(readers))
         mismatch = find_mismatch(checkpoint, names)
         result = None if mismatch is None else [list(files).index(mismatch), describe_mismatch(checkpoint, mismatch)]
-        results = _exchange(result, longest_transfer(sum(sizes.values())))
+        results = exchange(result, longest_transfer(sum(sizes.values())))
         mismatches = sorted(result for result in results if result)
         yield mismatches[0][1] if mismatches else checkpoint
 
@@ -93,23 +85,3 @@ def _identify(checkpoint: Checkpoint | str) -> list[Any] | None:
 
 def _digests(identities: Iterable[list[Any] | None]) -> list[str | None]:
     return [identity[0] if identity else None for identity in identities]
-
-
-def _exchange(value: Any, seconds: int = longest_transfer(0)) -> list[Any]:
-    """Return the values that all ranks pass to this call, in the order of ranks. Waits at most `seconds` for them."""
-    from torch.distributed.elastic.utils.store import synchronize
-
-    store, rank = _store(), int(os.environ["RANK"])
-    call = store.add(f"calls of rank {rank}", 1)
-    texts = synchronize(store, json.dumps(value).encode(), rank, world_size(), f"call {call}/", seconds)
-    return [json.loads(text) for text in texts]
-
-
-@cache
-def _store() -> Any:
-    """Connect to the launch's store. It stays open: without torchrun rank 0 hosts it, for the process group too."""
-    from torch.distributed import PrefixStore
-    from torch.distributed.rendezvous import rendezvous
-
-    store, _, _ = next(rendezvous("env://"))
-    return PrefixStore("checkpoint verification", store)

@@ -7,7 +7,7 @@ and the size and checksum of each file.
 import hashlib
 import json
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,6 +43,18 @@ def list_checkpoints(*parents: str | Path | None) -> list[Path]:
 def list_complete_checkpoints(*parents: str | Path | None) -> list[Path]:
     """Return the checkpoints in `parents` that have a manifest, the newest first."""
     return [path for path in list_checkpoints(*parents) if (path / COMPLETE).is_file()]
+
+
+def select_surplus(checkpoints: list[Path], keep: int | None, spared: Iterable[str | None]) -> list[Path]:
+    """Return the checkpoints beyond `keep`, of which those named in `spared` (the best and the newest) always stay.
+
+    `checkpoints`: complete ones, the newest first. `keep`: None = all.
+    """
+    if keep is None:
+        return []
+    kept = {path.name for path in checkpoints} & set(spared)
+    others = [path for path in checkpoints if path.name not in kept]
+    return others[max(keep - len(kept), 0) :]
 
 
 def parse_step(folder: Path) -> int:

@@ -21,8 +21,9 @@ from train.loop.checkpoint.fingerprint import (
     records_tokens,
     run_fingerprint,
 )
-from train.loop.checkpoint.joint_verification import Verify, has_peers, verify_alone, verify_jointly
+from train.loop.checkpoint.joint_verification import Verify, verify_alone, verify_jointly
 from train.loop.checkpoint.manifest import Checkpoint, list_checkpoints
+from train.loop.checkpoint.rank_store import has_peers
 from train.ranks import is_first_rank
 from train.recipe import Recipe
 from train.recipe.measurements import is_only_reported

@@ -27,17 +27,24 @@ _SHARD = "50GB"
 """Largest file; transformers' default."""
 
 
-def save_weights(model: PreTrainedModel | PeftModel, folder: Path, state: Mapping[str, torch.Tensor] | None) -> None:
-    """Write the weights of `model` to `folder`, of a PeftModel those of its adapter, and sync them to the disk.
+def save_weights(
+    model: PreTrainedModel | PeftModel,
+    folder: Path,
+    state: Mapping[str, torch.Tensor] | None,
+    *,
+    sync: bool = True,
+) -> None:
+    """Write the weights of `model` to `folder`, of a PeftModel those of its adapter.
 
-    `state`: its gathered state dict; None = take it from the model. Files of an earlier save with other shards are
-    deleted. Raises OSError, or the errors of safetensors and PyTorch on a full disk.
+    `state`: its gathered state dict; None = take it from the model. `sync`: sync them to the disk, which a checkpoint
+    does in the background. Files of an earlier save with other shards are deleted. Raises OSError, or the errors of
+    safetensors and PyTorch on a full disk.
     """
     folder.mkdir(parents=True, exist_ok=True)
     metadata = {"format": "pt"}
     if isinstance(model, PeftModel):
         weights = get_peft_model_state_dict(model, state_dict=state)
-        _write(_unshare(weights), folder / ADAPTER_SAFE_WEIGHTS_NAME, metadata)
+        _write(_unshare(weights), folder / ADAPTER_SAFE_WEIGHTS_NAME, metadata, sync=sync)
         return
     quantizer = getattr(model, "hf_quantizer", None)
     if quantizer is not None:
@@ -49,19 +56,21 @@ def save_weights(model: PreTrainedModel | PeftModel, folder: Path, state: Mappin
         for path in folder.glob(pattern):  # loaders take the wrong one if both forms exist
             path.unlink()
     for name, tensors in shards.filename_to_tensors.items():
-        _write({tensor: weights[tensor] for tensor in tensors}, folder / name, metadata)
+        _write({tensor: weights[tensor] for tensor in tensors}, folder / name, metadata, sync=sync)
     if shards.is_sharded:
         index = folder / SAFE_WEIGHTS_INDEX_NAME
         content = {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}
         index.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        fsync(index)
+        if sync:
+            fsync(index)
 
 
-def _write(weights: dict[str, torch.Tensor], path: Path, metadata: dict[str, str]) -> None:
-    """Write a complete file and sync it to the disk, or leave none."""
+def _write(weights: dict[str, torch.Tensor], path: Path, metadata: dict[str, str], *, sync: bool) -> None:
+    """Write a complete file, synced to the disk if `sync` says so, or leave none."""
     try:
         save_file(weights, path, metadata=metadata)
-        fsync(path)
+        if sync:
+            fsync(path)
     except BaseException:
         with suppress(OSError):
             path.unlink(missing_ok=True)

@@ -1,17 +1,26 @@
-"""Checkpoint writer: write to a staging folder, verify, sync to the disk, then rename.
+"""Checkpoint writer: write to a staging folder, verify; sync to the disk and rename in the background.
+
+Training waits while files are written to the staging folder, into the page cache of the host, and compared with the
+model. A thread of each rank then syncs and hashes its share of them; that of the first rank renames the folder, deletes
+older checkpoints and starts the copy in the mirror.
 
 The newest named checkpoint is complete at any moment; an older one is deleted only after a newer one exists. All ranks
-learn of an error on any rank before they continue (nanochat#336 and torchtitan's PR 4197: partial checkpoints).
+learn of an error on any rank before they write files (nanochat#336 and torchtitan's PR 4197: partial checkpoints) and,
+of one in the background, in `finish`: at the latest before the next save.
+
+PyTorch's own `torch.distributed.checkpoint.async_save` would write another format (`.distcp` shards and `.metadata`)
+than transformers loads; it coordinates ranks by collectives of its thread, and DeepSpeed writes its own files anyway.
 """
 
 import errno
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 from accelerate import PartialState
@@ -29,18 +38,23 @@ from train.loop.checkpoint.manifest import (
     list_files,
     parse_step,
     read_manifest,
+    select_surplus,
 )
+from train.loop.checkpoint.mirror import Mirror, disk_of
+from train.loop.checkpoint.rank_store import collect
 from train.loop.output_dir import STAGING
 from train.ranks import is_first_rank
 from train.recipe import SaveSection
 from train.storage.atomic_write import fsync
+from train.storage.transfer_time import longest_transfer
 
-_SUFFIX = ".unfinished"
 _SET_ASIDE = "set-aside"
 _RECIPE = "recipe.yaml"
 """File that every run writes to output_dir when it begins."""
 _SMALL_FILES = 2**19
 """Bytes; more than all files without weights and optimizer states need."""
+_SECONDS_AFTER_FAILURE = 30
+"""Time that launchers leave the other ranks after one has failed."""
 
 
 class CheckpointWriter:
@@ -50,11 +64,15 @@ class CheckpointWriter:
         """Begin without checkpoints. `keep`: number of complete checkpoints to keep, at least 1; None = all."""
         self._folder, self._settings, self._keep = Path(output_dir), settings, keep
         self._ranks = PartialState()
-        self._copying: Future[None] | None = None
-        self._copies = ThreadPoolExecutor(1, "mirror")
-        self._disk, self._mirror_disk = _disk_of(self._folder), _disk_of(settings.mirror_dir)
+        self._mirror = Mirror(settings.mirror_dir, keep)
+        self._disk = disk_of(self._folder)
+        self._background = ThreadPoolExecutor(1, "checkpoint")
+        self._completing: Future[None] = Future()
+        self._abandoned = Event()
         self.staging_dir = self._folder / STAGING
         """Folder of a checkpoint until it is complete."""
+        self.step_under_way: int | None = None
+        """Step of the save that is completed in the background, until `finish` has waited for it."""
 
     def begin(self, resume_from: Checkpoint | None) -> None:
         """Set aside the checkpoints that would mix with this run's: of its own future, or of another run.
@@ -103,7 +121,9 @@ class CheckpointWriter:
         *,
         stopping: bool = False,
     ) -> bool:
-        """Save checkpoint-`step`. Return whether it was written.
+        """Write the files of checkpoint-`step`. Return whether they were written.
+
+        The background then completes the checkpoint. Call `finish` afterwards, at the latest before the next save.
 
         Args:
             step: optimizer steps done.
@@ -121,22 +141,29 @@ class CheckpointWriter:
         error = error or self.first_error_on_any_rank(lambda: self._clear(folder))
         error = error or self.first_error_on_any_rank(write)
         error = error or self.first_error_on_any_rank(lambda: check(folder))
-        files: dict[str, Any] = {}
-        if not error:
-            # on a network disk a node may see the others' files late: gather one list, so that none is left out
-            names = sorted({name for part in gather_object([list(list_files(folder))]) for name in part})
-            error = self.first_error_on_any_rank(lambda: files.update(self._sync(folder, names)))
-        if not error:
-            all_files: dict[str, Any] = {}
-            for part in gather_object([files]):
-                all_files |= part
-            error = self.first_error_on_any_rank(lambda: self._publish(folder, {**manifest(), "files": all_files}))
-        if not error:
-            if is_first_rank():
-                self._delete_older(name, best)
-                self._mirror(self._folder / name, {name, best})
-            self._ranks.wait_for_everyone()
-            return True
+        if error:
+            return self._give_up(name, error, stopping)
+        # on a network disk a node may see the others' files late: gather one list, so that none is left out
+        names = sorted({name for part in gather_object([list(list_files(folder))]) for name in part})
+        self._completing = self._background.submit(self._complete, folder, names, manifest(), best)
+        self.step_under_way = step
+        return True
+
+    def wait(self) -> None:
+        """Wait until this process has completed its part of the save that is under way: on the first rank all of it."""
+        wait([self._completing])
+
+    def finish(self, *, stopping: bool = False) -> bool:
+        """Wait until the save that is under way is completed on all processes. Return whether there is a checkpoint.
+
+        `stopping`: whether the run ends with it. Raises UserError, on all processes, as `save` does.
+        """
+        error = self.first_error_on_any_rank(self._completing.result)
+        step, self.step_under_way = self.step_under_way, None
+        return error is None or self._give_up(f"checkpoint-{step}", error, stopping)
+
+    def _give_up(self, name: str, error: str, stopping: bool) -> bool:
+        """Raise UserError or print a warning about a checkpoint that couldn't be written. Return False."""
         if is_first_rank():
             shutil.rmtree(self.staging_dir, ignore_errors=True)
         newest = next(iter(list_complete_checkpoints(self._folder)), None)
@@ -160,29 +187,47 @@ class CheckpointWriter:
         )
         return f"Free some space or repair the disk, then start again: the run {start}."
 
+    def abandon(self) -> None:
+        """End the save that is under way soon, complete or not: after the file that is being read."""
+        self._abandoned.set()
+
+    def expect_lost_peers(self) -> None:
+        """Abandon the save that is under way if it isn't completed soon: other processes may be gone."""
+        if self.step_under_way is not None and self._ranks.num_processes > 1:
+            wait([self._completing], _SECONDS_AFTER_FAILURE)
+            self.abandon()
+
     def close(self) -> None:
-        """Wait for the copy that is in progress, if any."""
-        if self._copying is not None and not self._copying.done():
-            print(f"copying the last checkpoint to {self._settings.mirror_dir}", flush=True)
-        self._copies.shutdown(wait=True)
+        """Wait for the work in the background. Only after an error a save is under way here."""
+        self._background.shutdown(wait=True)
+        if self.step_under_way is not None and (error := self._completing.exception()) and is_first_rank():
+            shutil.rmtree(self.staging_dir, ignore_errors=True)
+            reason = self._describe(error) or repr(error)
+            print(f"warning: output_dir: checkpoint-{self.step_under_way} was not completed: {reason}", flush=True)
+        self._mirror.close()
 
     def first_error_on_any_rank(self, act: Callable[[], Any]) -> str | None:
         """Call `act` on each process. Return the first error of any of them; None if all succeeded."""
         message = None
         try:
             act()
-        except OSError as error:
-            message = error.strerror or str(error)
-        except (UserError, SafetensorError, RuntimeError) as error:  # PyTorch's and safetensors' own of a full disk
-            full = self._is_full() and not isinstance(error, UserError)
-            message = os.strerror(errno.ENOSPC) if full else " ".join(str(error).split())[:500]
         except Exception as error:
-            rust = re.search(r"\(os error (\d+)\)", str(error))
-            if type(error) is not Exception or rust is None:
+            message = self._describe(error)
+            if message is None:
                 raise
-            message = os.strerror(int(rust[1]))  # tokenizers raises a bare Exception in place of OSError
         messages = [text for text in gather_object([message]) if text]
         return messages[0].rstrip(".") if messages else None
+
+    def _describe(self, error: BaseException) -> str | None:
+        """Return the message of an error of the disk or of the user's; None for others."""
+        if isinstance(error, OSError):
+            return error.strerror or str(error)
+        if isinstance(error, UserError | SafetensorError | RuntimeError):  # PyTorch's and safetensors' of a full disk
+            full = self._is_full() and not isinstance(error, UserError)
+            return os.strerror(errno.ENOSPC) if full else " ".join(str(error).split())[:500]
+        rust = re.search(r"\(os error (\d+)\)", str(error))
+        # tokenizers raises a bare Exception in place of OSError
+        return os.strerror(int(rust[1])) if type(error) is Exception and rust else None
 
     def raise_on_all_ranks(self, act: Callable[[], Any]) -> None:
         """Call `act` on each process. If it fails on one, raise OSError on all.
@@ -207,7 +252,7 @@ class CheckpointWriter:
 
     def _check_folder(self) -> None:
         """Raise OSError if output_dir is another folder than at the start: below a lost mount, another one appears."""
-        disk = _disk_of(self._folder)
+        disk = disk_of(self._folder)
         if (disk is None or disk != self._disk) and not (self._folder / _RECIPE).is_file():
             raise OSError(errno.ENOENT, "the folder in which the run began is gone, or its disk")
 
@@ -233,10 +278,38 @@ class CheckpointWriter:
             self.staging_dir.mkdir()
             folder.mkdir()
 
+    def _complete(self, folder: Path, names: list[str], manifest: Mapping[str, Any], best: str | None) -> None:
+        """Sync the files of a checkpoint; on the first rank give it its name, delete older ones and copy it.
+
+        Runs in the background, so it calls no collective. Raises on this rank its own errors, on the first one all.
+        """
+        failure: Exception | None = None
+        part: dict[str, Any] = {"files": {}, "error": None}
+        try:
+            part["files"] = self._sync(folder, names)
+        except Exception as error:
+            failure, part["error"] = error, self._describe(error) or repr(error)
+        parts: list[Any] | None = [part]
+        if self._ranks.num_processes > 1:
+            parts = collect(part, longest_transfer(_size_of(folder)), self._abandoned)
+        if failure:
+            raise failure
+        if parts is None:
+            return
+        for part in parts:
+            if part["error"]:
+                raise OSError(errno.EIO, part["error"])
+        files = {name: file for part in parts for name, file in part["files"].items()}
+        self._publish(folder, {**manifest, "files": files})
+        self._delete_older(folder.name, best)
+        self._mirror.copy(self._folder / folder.name, {folder.name, best})
+
     def _sync(self, folder: Path, names: list[str]) -> dict[str, Any]:
         """Sync this process's share of the files to the disk. Return their sizes and checksums."""
         files = {}
         for name in names[self._ranks.process_index :: self._ranks.num_processes]:
+            if self._abandoned.is_set():
+                raise InterruptedError(errno.EINTR, "the run was stopped")
             fsync(folder / name)
             files[name] = describe_file(folder / name)
             if files[name] is None:
@@ -245,8 +318,6 @@ class CheckpointWriter:
 
     def _publish(self, folder: Path, manifest: Mapping[str, Any]) -> None:
         """Write the manifest and rename the folder to its final name."""
-        if not is_first_rank():
-            return
         complete = folder / COMPLETE
         complete.write_text(format_manifest(manifest), encoding="utf-8")
         for path in (complete, *(path for path in folder.rglob("*") if path.is_dir()), folder):
@@ -261,54 +332,11 @@ class CheckpointWriter:
 
     def _delete_older(self, newest: str, best: str | None) -> None:
         """Delete complete checkpoints beyond those to keep, after a rename: none is ever partial under its name."""
-        for path in _select_surplus(list_complete_checkpoints(self._folder), self._keep, {newest, best}):
+        for path in select_surplus(list_complete_checkpoints(self._folder), self._keep, {newest, best}):
             with suppress(OSError):
                 self.staging_dir.mkdir(exist_ok=True)
                 path.rename(self.staging_dir / path.name)
         shutil.rmtree(self.staging_dir, ignore_errors=True)
-
-    def _mirror(self, folder: Path, spared: set[str | None]) -> None:
-        """Copy a checkpoint to save.mirror_dir in the background."""
-        if self._settings.mirror_dir is not None:
-            self._copying = self._copies.submit(self._copy, folder, Path(self._settings.mirror_dir), spared)
-
-    def _copy(self, folder: Path, mirror: Path, spared: set[str | None]) -> None:
-        staging_dir = mirror / f"{folder.name}{_SUFFIX}"
-        try:
-            for left_over in mirror.glob(f"checkpoint-*{_SUFFIX}"):
-                shutil.rmtree(left_over, ignore_errors=True)
-            staging_dir.mkdir(parents=True)
-            self._mirror_disk = self._mirror_disk or _disk_of(mirror)
-            if _disk_of(mirror) != self._mirror_disk:
-                raise OSError(errno.ENOENT, "its disk is gone")
-            for name in [*list_files(folder), COMPLETE]:
-                (staging_dir / name).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(folder / name, staging_dir / name)
-                fsync(staging_dir / name)
-            shutil.rmtree(mirror / folder.name, ignore_errors=True)
-            staging_dir.rename(mirror / folder.name)
-            fsync(mirror)
-            for path in _select_surplus(list_complete_checkpoints(mirror), self._keep, spared):
-                path.rename(staging_dir)
-                shutil.rmtree(staging_dir, ignore_errors=True)
-        except OSError as error:
-            shutil.rmtree(staging_dir, ignore_errors=True)
-            if folder.is_dir():  # else it was deleted meanwhile, and a newer one follows
-                print(f"warning: save.mirror_dir: {folder.name} was not copied to {mirror}: {error}", flush=True)
-
-
-def _disk_of(folder: Path | str | None) -> int | None:
-    """Return the device number of a folder; None if there is no such folder."""
-    return os.stat(folder).st_dev if folder and Path(folder).is_dir() else None
-
-
-def _select_surplus(checkpoints: list[Path], keep: int | None, spared: Iterable[str | None]) -> list[Path]:
-    """Return the checkpoints beyond `keep`, of which those named in `spared` (the best and the newest) always stay."""
-    if keep is None:
-        return []
-    kept = {path.name for path in checkpoints} & set(spared)
-    others = [path for path in checkpoints if path.name not in kept]
-    return others[max(keep - len(kept), 0) :]
 
 
 def _is_past_of(resume_from: Checkpoint | None, path: Path, *, mirrored: bool) -> bool:

@@ -1,4 +1,4 @@
-r"""Preference training from a recipe: DPO or ORPO on pairs of a chosen and a rejected answer.
+r"""Preference training from a recipe: DPO, ORPO or a reward model on pairs of a chosen and a rejected answer.
 
     accelerate launch --config_file accelerate_configs/zero3.yaml \
         train/preference.py --recipe my.yaml preference.beta=0.05

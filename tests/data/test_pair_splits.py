@@ -141,6 +141,26 @@ def test_the_longer_half_decides_on_a_pair(
             examined(write(rows, max_length=MAX_LENGTH), prepare)
 
 
+def test_pairs_that_differ_behind_the_cut_alone_are_dropped_and_counted(
+    rows: list[dict[str, str]], write: Callable[..., Path]
+) -> None:
+    same = " ".join(["stone"] * 90)
+    for number in (4, 20):
+        rows[number] |= {"chosen": f"{same} river", "rejected": f"{same} stone"}
+    rows[5] |= {"chosen": f"river {same}", "rejected": f"stone {same}"}  # differ before it
+    path = write(rows, max_length=MAX_LENGTH, overlong="truncate")
+    data = examined(path)
+    stats, places = data.train.stats, [bad.place.rpartition(":")[2] for bad in data.train.stats.same_when_cut.examples]
+    assert (stats.same_when_cut.count, places) == (2, ["5", "21"])
+    assert stats.rows == stats.conversations - 2 - sum(
+        bad.count for name, bad in stats.overlong.items() if name == "dropped"
+    )
+    groups = {group.reason: group.rows for group in find_dropped_rows(data, load_recipe(path).data)}
+    assert groups[f"training pairs whose halves are the same within {MAX_LENGTH} tokens"] == 2
+    dropped = examined(write(rows, max_length=MAX_LENGTH, overlong="drop"))
+    assert dropped.train.stats.same_when_cut.count == 0
+
+
 def test_identical_answers_are_counted_as_errors_of_their_own_kind(
     rows: list[dict[str, str]], write: Callable[..., Path]
 ) -> None:

@@ -258,8 +258,9 @@ def test_a_checkpoint_that_is_completed_steps_later_has_the_state_of_its_step(
     start(kind, recipe, tmp_path, f"3,{tmp_path / 'steps.txt'}", job=completed_late).succeeded()
     lines = (tmp_path / "steps.txt").read_text().splitlines()
     assert lines[3:7] == [f"{step} none" for step in (4, 5, 6, 7)]  # 4 was saved after step 4, and not complete at 6
-    assert lines[7] == "8 checkpoint-4"
-    assert lines[10:] == ["11 checkpoint-4", "12 checkpoint-8"]
+    # after step 7 it may be completed at any time, at the latest before 8 is saved, and likewise 8
+    assert lines[8:11] == [f"{step} checkpoint-4" for step in (9, 10, 11)]
+    assert lines[11] in ("12 checkpoint-4", "12 checkpoint-8")
     assert_same(run, expected)
     for later in (8, 12):
         shutil.rmtree(run / f"checkpoint-{later}")

@@ -101,6 +101,7 @@ def test_more_is_better_for_the_metrics_that_select_a_model(recipe_file: Path, l
         (["preference={loss: dpo, label_smoothing: 0.5}"], "preference.label_smoothing", "< 0.5"),
         (["preference={loss: dpo, label_smoothing: 0.1}"], "preference.label_smoothing", "loss_type: [robust]"),
         (["preference={loss: dpo, loss_weights: [1, 2]}"], "preference.loss_weights", "2 for 1"),
+        (["preference={loss: dpo, loss_weights: [0]}"], "preference.loss_weights", "nothing would be trained"),
         (["preference={loss: orpo, loss_type: [ipo]}"], "preference.loss_type", "belongs to `loss: dpo`"),
         (["preference={loss: reward, beta: 0.1}"], "preference.beta", "belongs to `loss: dpo` and `loss: orpo`"),
         (["preference={loss: dpo, center_rewards_coefficient: 1}"], "center_rewards_coefficient", "`loss: reward`"),

@@ -51,6 +51,9 @@ def find_dropped_rows(data: PreparedData, section: DataSection) -> list[DroppedR
             part = f"{name} pairs with a half" if stats.pairs else f"{name},"
             reason = f"{part} over {section.max_length:,} tokens"
             groups.append(DroppedRows(outcome, reason, rows.count, rows.examples))
+        if (same := stats.same_when_cut).count:
+            reason = f"{name} pairs whose halves are the same within {section.max_length:,} tokens"
+            groups.append(DroppedRows("dropped", reason, same.count, same.examples))
     return sorted(groups, key=lambda group: -group.rows)
 
 
@@ -179,7 +182,7 @@ def find_data_error(data: PreparedData, recipe: Recipe) -> str | None:
                 "happens to them: `data.overlong: drop` or `data.overlong: truncate`."
             )
         if not stats.rows:
-            overlong = sum(rows.count for rows in stats.overlong.values())
+            overlong = sum(rows.count for rows in stats.overlong.values()) + stats.same_when_cut.count
             reasons.append(
                 f"no {name} {stats.unit} remains of {stats.conversations:,}: {overlong:,} are longer than "
                 f"data.max_length ({section.max_length:,}); the longest has {stats.longest:,} tokens."

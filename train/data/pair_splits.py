@@ -8,6 +8,7 @@ from train.data.loss_mask import NOT_TRAINED
 from train.data.pair_dataset import PairDataset
 from train.data.prepared_data import ExampleRow, PairStats, Split, SplitStats
 from train.data.sources.pairs import HALVES
+from train.data.sources.source import BadRow, BadRows
 from train.data.splits import keep_within_length, load_plan
 from train.data.stats import choose_examples, find_duplicates, find_shared
 from train.data.tokens.pairs import TokenPairs
@@ -26,9 +27,20 @@ def build_pair_split(pairs: TokenPairs, recipe: Recipe, multiple_of: int) -> tup
     stats = SplitStats(conversations=len(pairs), capacity=recipe.sequence_length, lengths=longer_halves)
     if len(pairs):
         stats.longest_place = table.place(candidates[int(stats.lengths.argmax())])
+    same = _find_same_when_cut(pairs, max_length) if recipe.data.overlong == "truncate" else []
+    if same:
+        examples = [
+            BadRow(table.place(candidates[number]), f"{pairs.lengths[number].max():,} tokens")
+            for number in same[:_EXAMPLES]
+        ]
+        stats.same_when_cut = BadRows(len(same), examples)
+    lost_tokens = int(pairs.lengths[same].sum())
+    pairs = pairs.select(np.setdiff1d(np.arange(len(pairs)), same))
+    candidates = pairs.rows[:, 0]
     kept = keep_within_length(
         pairs.lengths, pairs.first_trained, lambda number: table.place(candidates[number]), recipe.data, stats
     )
+    stats.overlong_tokens += lost_tokens
     pairs = pairs.select(np.flatnonzero(kept))
     dataset = PairDataset(pairs, max_length, lambda lengths, epoch: load_plan(lengths, recipe, multiple_of, epoch))
     chosen = pairs.rows[:, 0]
@@ -70,3 +82,15 @@ def build_pair_split(pairs: TokenPairs, recipe: Recipe, multiple_of: int) -> tup
             example = ExampleRow(ids, labels, f"{own}, {half}", bool(table.has_system[chosen[number]]), [1.0])
             stats.examples.append(example)
     return Split(dataset, stats), chosen[distinct]
+
+
+def _find_same_when_cut(pairs: TokenPairs, max_length: int) -> list[int]:
+    """Return the numbers of the pairs whose answers differ only behind `max_length`: nothing can be preferred there."""
+    cut = np.minimum(pairs.lengths, max_length)
+    has_answers = (pairs.first_trained < max_length).all(axis=1)
+    candidates = np.flatnonzero(has_answers & (pairs.lengths > max_length).any(axis=1) & (cut[:, 0] == cut[:, 1]))
+    return [
+        number
+        for number in candidates.tolist()
+        if np.array_equal(*(ids[:max_length] for ids, _ in pairs.halves(number)))
+    ]

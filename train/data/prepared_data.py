@@ -56,6 +56,7 @@ class SplitStats:
     - `tokens`, `trained_tokens`: after truncation. `overlong_tokens`: tokens lost because of data.max_length.
     - `lengths`: tokens of every row before truncation and dropping.
     - `overlong`: rows longer than data.max_length, by what happened to them: refused, dropped or truncated.
+    - `same_when_cut`: pairs whose halves would be the same after truncation, which are dropped.
     - `documents_per_sequence`: rows in each sequence.
     - `examples`: a few rows to look at.
     - `capacity`: the tokens that a sequence can hold.
@@ -74,6 +75,7 @@ class SplitStats:
     longest_place: str = ""
     overlong: dict[str, BadRows] = field(default_factory=dict)
     overlong_tokens: int = 0
+    same_when_cut: BadRows = field(default_factory=BadRows)
     documents_per_sequence: NDArray[np.int32] = field(default_factory=lambda: np.empty(0, np.int32))
     duplicates: Repeats = field(default_factory=Repeats)
     examples: list[ExampleRow] = field(default_factory=list)

@@ -123,6 +123,8 @@ def _check_losses(document: Document) -> None:
     if isinstance(types, list) and isinstance(weights, list) and len(types) != len(weights):
         message = f"{len(weights)} for {len(types)} in `preference.loss_type`. Write one weight for each."
         document.add_error(("preference", "loss_weights"), message)
+    if isinstance(weights, list) and weights and not any(weights):
+        document.add_error(("preference", "loss_weights"), "all are 0: nothing would be trained. Write one above 0.")
     if section.get("label_smoothing") and "robust" not in types:
         message = "has no effect without `preference.loss_type: [robust]`. Remove it, or add robust."
         document.add_error(("preference", "label_smoothing"), message)

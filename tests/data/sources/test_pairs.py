@@ -163,6 +163,8 @@ def test_tools_history_and_context_belong_to_both_halves() -> None:
         ({"chosen": [USER, GOOD], "rejected": [turn("user", "What is tee?"), BAD]}, "different prompts"),
         ({"chosen": [SYSTEM, USER, GOOD], "rejected": [USER, BAD]}, "different prompts"),
         ({"chosen": [USER, GOOD, USER, GOOD], "rejected": [USER, GOOD]}, "different prompts"),
+        ({"messages": [USER, GOOD], "chosen": "a", "rejected": "b"}, "different prompts"),
+        ({"prompt": [USER, GOOD], "chosen": [BAD], "rejected": [turn("assistant", "b")]}, "different prompts"),
         ({"chosen": "a", "rejected": "b"}, "missing column"),
         ({"prompt": "q", "chosen": "a"}, "missing column"),
         ({"prompt": "q", "chosen": "a", "rejected": None}, "empty content"),
@@ -173,6 +175,7 @@ def test_tools_history_and_context_belong_to_both_halves() -> None:
         ({"system": "x", "chosen": [SYSTEM, USER, GOOD], "rejected": [USER, BAD]}, "conflicting system messages"),
         ({"chosen": [USER, {**GOOD, "train": False}], "rejected": [USER, BAD]}, "no assistant turn"),
         ({"chosen": [USER], "rejected": [USER, BAD]}, "no assistant turn"),
+        ({"chosen": [USER, GOOD, turn("user", "And?")], "rejected": [USER, BAD]}, "no assistant turn"),
     ],
 )
 def test_rows_that_are_no_pair_are_refused(row: dict[str, Any], kind: str) -> None:

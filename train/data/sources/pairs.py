@@ -116,7 +116,8 @@ def _read_prompt(row: RawRow, unread: Unread) -> tuple[list[Message], set[str]]:
 def _find_answers(chosen: list[Message], rejected: list[Message]) -> int:
     """Return the number of the first message that differs, and turn off the training of answers before it.
 
-    Raises RowError if none differs, if it isn't an answer, or if no answer from there on is trained.
+    Raises RowError if none differs, if it isn't an answer, if it follows an answer, or if no answer from there on is
+    trained.
     """
     same = 0
     for own, other in zip(chosen, rejected, strict=False):
@@ -130,6 +131,11 @@ def _find_answers(chosen: list[Message], rejected: list[Message]) -> int:
             role = messages[same]["role"] if same < len(messages) else "missing"
             detail = f"the first message that differs, {same + 1}, is no answer in `{column}` ({role})"
             raise RowError("different prompts", detail)
+        if same and messages[same - 1]["role"] == "assistant":
+            detail = f"message {same}, before the answers, is an answer too: a prompt ends with what is answered"
+            raise RowError("different prompts", detail)
+        if messages[-1]["role"] != "assistant":
+            raise RowError("no assistant turn", f"`{column}` ends with a message of the role {messages[-1]['role']}")
         for message in messages[:same]:
             if message["role"] == "assistant":
                 message["train"] = False

@@ -23,7 +23,7 @@ ROW_ERROR_KINDS = {
     "conflicting system messages": "a system column that differs from the system turn",
     "no assistant turn": "nothing to train",
     "identical answers": "a pair whose chosen and rejected answers are the same, so there is nothing to learn",
-    "different prompts": "a pair whose chosen and rejected conversations differ before their answers",
+    "different prompts": "a pair whose conversations differ before their answers, or whose prompt ends in an answer",
 }
 """Every kind of error that is found before a template is involved, and its meaning."""
 

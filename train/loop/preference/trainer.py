@@ -154,7 +154,8 @@ class PreferenceTrainer(JanusTrainer):
             raise UserError(
                 f"output_dir: {files.of_run} is missing or damaged, or is of other pairs. It holds the "
                 f"log-probabilities of the model before training, and at step {self.state.global_step} its weights "
-                "have changed. Copy it beside the checkpoints, or start again with --resume never."
+                "have changed: a run without an adapter resumes with the same pairs alone. Copy the file beside the "
+                "checkpoints, take the changes of rows and data.max_length back, or start again with --resume never."
             )
         if is_first_rank():
             computed = f"computing {len(missing):,} of {sum(map(len, self._splits)):,} sequences, " if missing else ""

@@ -89,8 +89,5 @@ def _find_same_when_cut(pairs: TokenPairs, max_length: int) -> list[int]:
     cut = np.minimum(pairs.lengths, max_length)
     has_answers = (pairs.first_trained < max_length).all(axis=1)
     candidates = np.flatnonzero(has_answers & (pairs.lengths > max_length).any(axis=1) & (cut[:, 0] == cut[:, 1]))
-    return [
-        number
-        for number in candidates.tolist()
-        if np.array_equal(*(ids[:max_length] for ids, _ in pairs.halves(number)))
-    ]
+    halves = ((number, *pairs.halves(number)) for number in candidates.tolist())
+    return [number for number, (own, _), (other, _) in halves if np.array_equal(own[:max_length], other[:max_length])]

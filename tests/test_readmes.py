@@ -30,7 +30,7 @@ NAMES = subprocess.run(
 OPTION = re.compile(r"(?<![\w-])--[a-z][\w-]*")
 SUBCOMMANDS = {
     "scripts/evaluate.py": ("rules", "gain", "ifeval", "hierarchy", "turns", "bench", "harness", "compare"),
-    "scripts/benchmark.py": ("data", "train", "preference", "saves", "sysgen"),
+    "scripts/benchmark.py": ("data", "start", "train", "preference", "saves", "sysgen"),
 }
 SCRIPTS = (
     *("train/sft.py", "scripts/evaluate.py", "scripts/benchmark.py", "scripts/prepare.py", "scripts/submit.py"),

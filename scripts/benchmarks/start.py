@@ -171,7 +171,7 @@ def format_medians(medians: Sequence[Figures]) -> str:
 
 
 def draw(medians: Sequence[Figures], file: Path) -> None:
-    """Draw seconds and memory of each phase by rows, on logarithmic axes."""
+    """Draw seconds and memory of each phase by rows."""
     with new_figure(file, 10, 4.5, ncols=2) as (_, (seconds, memory)):
         for axes, key, label, unit in (
             (seconds, "process_seconds", "seconds", 1),
@@ -180,6 +180,7 @@ def draw(medians: Sequence[Figures], file: Path) -> None:
             for phase in PHASES:
                 lines = [line for line in medians if line["phase"] == phase]
                 axes.plot([line["rows"] for line in lines], [line[key] / unit for line in lines], "o-", label=phase)
-            axes.set(xscale="log", yscale="log", xlabel="rows", ylabel=label)
+            axes.set(xlabel="rows", ylabel=label, ylim=(0, None))
+            axes.xaxis.set_major_formatter("{x:,.0f}")
             axes.grid(alpha=0.3)
         seconds.legend()

@@ -288,8 +288,9 @@ WARNED: list[tuple[dict[str, Any], str | None]] = [
     ({"save_steps": 11}, "No checkpoint is saved before the end: training.save_steps is 11, and the run has 10 steps"),
     ({"save_steps": 10}, None),
     ({"logging_steps": 11}, "No loss is logged before the end: training.logging_steps is 11"),
-    ({"eval_strategy": "steps", "eval_steps": 11}, "Nothing is evaluated: training.eval_steps is 11"),
-    ({"eval_strategy": "steps", "eval_steps": 2, "eval_delay": 10}, "Nothing is evaluated: training.eval_delay is 10"),
+    ({"eval_strategy": "steps", "eval_steps": 11}, "Nothing is evaluated before the end: training.eval_steps is 11"),
+    ({"eval_strategy": "steps", "eval_steps": 2, "eval_delay": 11}, "Nothing is evaluated: training.eval_delay is 11"),
+    ({"eval_strategy": "steps", "eval_steps": 2, "eval_delay": 10}, None),  # step 10 is evaluated
     ({"eval_strategy": "epoch", "eval_delay": 0.5}, None),
     ({"per_device_train_batch_size": 41, "max_steps": 10}, "A step takes 41 sequences, and an epoch has 40"),
     ({"per_device_train_batch_size": 10, "gradient_accumulation_steps": 4, "max_steps": 10}, None),

@@ -148,8 +148,8 @@ def schedule_warnings(training: Mapping[str, Any], schedule: Schedule, sequences
     evaluation = schedule.evaluation
     last = schedule.steps if evaluation.strategy == "steps" else schedule.epochs
     if evaluation.steps and evaluation.steps > schedule.steps:
-        yield f"Nothing is evaluated: training.eval_steps is {evaluation.steps:,}, {run}"
-    elif evaluation.strategy != "no" and settings["eval_delay"] and settings["eval_delay"] >= last:
+        yield f"Nothing is evaluated before the end: training.eval_steps is {evaluation.steps:,}, {run}"
+    elif evaluation.strategy != "no" and settings["eval_delay"] > last:
         yield f"Nothing is evaluated: training.eval_delay is {settings['eval_delay']:g}, {run}"
     if "save_steps" in training and schedule.saving.steps and schedule.saving.steps > schedule.steps:
         yield f"No checkpoint is saved before the end: training.save_steps is {schedule.saving.steps:,}, {run}"

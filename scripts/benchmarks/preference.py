@@ -120,10 +120,7 @@ def write_workload(folder: Path, settings: Figures) -> Figures:
 
     Returns the paths, the model's config, and the sequences of a step of ours, whose epoch has as many steps as TRL's.
     """
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    from benchmarks.training_inputs import ANSWER_TOKENS, PROMPT_TOKENS, load_model_config, write_tokenizer
+    from benchmarks.training_inputs import ANSWER_TOKENS, PROMPT_TOKENS, load_model_config, write_model
     from train.data.packing import pack
 
     rng, pair_tokens, longest = random.Random(settings["seed"]), [], settings["max_length"]
@@ -137,9 +134,7 @@ def write_workload(folder: Path, settings: Figures) -> Figures:
             prompt = system + user + PROMPT_TOKENS
             pair_tokens.append(sum(min(prompt + answer + ANSWER_TOKENS, longest) for answer in answers))
     config = load_model_config(settings["config"])
-    torch.manual_seed(settings["seed"])
-    AutoModelForCausalLM.from_config(AutoConfig.for_model(**config)).save_pretrained(folder / "model")
-    write_tokenizer(folder / "model")
+    write_model(folder / "model", config, settings["seed"])
     steps = -(-settings["pairs"] // settings["pairs_per_step"])
     return {
         "model": str(folder / "model"),

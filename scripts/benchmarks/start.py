@@ -17,13 +17,10 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import torch
 import yaml
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from benchmarks.process import failure_reason, running, script_command
 from benchmarks.record import check_json_file, describe_environment, publish
-from benchmarks.training_inputs import load_model_config, write_tokenizer
 from train.cli import positive_int
 from train.errors import UserError
 from train.progress import progress_bar
@@ -63,6 +60,8 @@ def add_to(commands: Any) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Measure, print the table, draw the plot and write the record. Raises UserError."""
+    from benchmarks.training_inputs import load_model_config, write_model
+
     check_json_file(options.json)
     environment = describe_environment(_PACKAGES)
     sizes = sorted(set(options.rows))
@@ -72,7 +71,7 @@ def run(options: argparse.Namespace) -> None:
         progress_bar("measuring", total=options.repeat * (1 + len(sizes) * len(PHASES)), unit="commands") as measuring,
     ):
         folder = Path(name)
-        write_model(folder / "model")
+        write_model(folder / "model", load_model_config("tiny"), seed=0)
         for repetition in range(options.repeat):
             measurements.append({"phase": IMPORTS, "rows": 0, **measure([sys.executable, "-c", _IMPORT], folder)})
             measuring.advance()
@@ -86,13 +85,6 @@ def run(options: argparse.Namespace) -> None:
     if options.plot:
         draw(medians, options.plot)
     publish(format_medians(medians), environment, {"command": "start", "measurements": measurements}, options.json)
-
-
-def write_model(folder: Path) -> None:
-    """Write a tiny model with random weights and its tokenizer."""
-    torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(AutoConfig.for_model(**load_model_config("tiny"))).save_pretrained(folder)
-    write_tokenizer(folder)
 
 
 def write_inputs(folder: Path, model: Path, rows: int) -> Path:

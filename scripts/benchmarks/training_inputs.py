@@ -13,8 +13,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, PreTrainedTokenizerFast, __version__
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    PreTrainedConfig,
+    PreTrainedTokenizerFast,
+    __version__,
+)
 
 from benchmarks.rows import lengths
 from benchmarks.training_settings import Setting
@@ -147,6 +155,13 @@ def write_rows(workload: Workload, file: Path) -> None:
                 for role, letters in zip(("system", "user", "assistant"), row, strict=True)
             ]
             lines.write(json.dumps({"messages": messages}) + "\n")
+
+
+def write_model(folder: Path, config: Mapping[str, Any], seed: int) -> None:
+    """Write a model with random weights, and its tokenizer."""
+    torch.manual_seed(seed)
+    AutoModelForCausalLM.from_config(AutoConfig.for_model(**config)).save_pretrained(folder)
+    write_tokenizer(folder)
 
 
 def write_tokenizer(folder: Path) -> None:

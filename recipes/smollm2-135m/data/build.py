@@ -132,7 +132,7 @@ def training_questions() -> list[Question]:
 
 
 def build_train(rows: int, generator: random.Random) -> list[Example]:
-    """Return the training rows, in random order."""
+    """Return the training rows with their forms and questions, in random order."""
     forms = FormDealer(generator)
     questions = QuestionDealer(training_questions(), generator)
     plain_messages = Deck(messages_without_rule(), generator)

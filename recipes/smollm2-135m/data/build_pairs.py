@@ -37,12 +37,12 @@ DRAWS = (
     Draw(2, 3000, 3, ("conflict", "injected")),  # more of those that it loses most often
 )
 MOST = {"rule": 705, "answer": 70}
-"""What the rejected answer lacks, the rule or the known answer -> most pairs."""
+"""Lack of the rejected answer, of its rule or of the known answer -> most pairs."""
 MAX_NEW_TOKENS = 40
 
 
 def main() -> None:
-    """Write the pairs, and print the shares of answers that keep their rule and hold the known answer."""
+    """Write the pairs, and print the number of each kind and reason."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="outputs/smollm2-135m-quickstart", help="model that answers")
     parser.add_argument("--output", type=Path, default=HERE / "pairs.jsonl", help="output file")
